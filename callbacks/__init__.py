@@ -1,0 +1,22 @@
+"""Callbacks of a run, imported as `sdft.callbacks`."""
+
+if __name__ == "callbacks":
+    raise ImportError("this folder is imported as `sdft.callbacks`, not as `callbacks`")
+
+from sdft.callbacks.checkpoint import StageCheckpoint
+from sdft.callbacks.ema_teacher import EMATeacher
+from sdft.callbacks.export import ModelExport
+from sdft.callbacks.predictions import Predictions
+from sdft.callbacks.progress import StageProgressBar
+from sdft.callbacks.retention import Retention
+from sdft.callbacks.samples import Samples
+
+__all__ = [
+    "EMATeacher",
+    "ModelExport",
+    "Predictions",
+    "Retention",
+    "Samples",
+    "StageCheckpoint",
+    "StageProgressBar",
+]

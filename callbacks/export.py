@@ -1,0 +1,30 @@
+"""Leaves the trained student as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sdft.run_folder import run_folder
+from sdft.student import StudentModule
+
+
+class ModelExport(Callback):
+    """Writes `<run>/model/`: safetensors, configuration, tokenizer and chat template.
+
+    `AutoModelForCausalLM.from_pretrained` loads it, and so does `--model.model_name`.
+
+    Args:
+        enabled: Write it when `fit` ends.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save student and tokenizer."""
+        if not self.enabled or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        assert isinstance(pl_module, StudentModule)
+        folder = run_folder(trainer) / "model"
+        pl_module.model.save_pretrained(folder)
+        pl_module.tokenizer.save_pretrained(folder)

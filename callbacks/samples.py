@@ -1,0 +1,135 @@
+"""Shows a few rollouts per stage, token by token, with what student and teacher think of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from sdft.batch import Batch
+from sdft.data import ContinualDataModule, collate
+from sdft.module import SDFTModule
+from sdft.rollout import Rollout, Sampling
+from sdft.run_folder import run_folder
+from sdft.scoring import completion_logits
+from sdft.seeding import derive_seed, run_seed
+from sdft.student import StudentModule
+
+
+class Samples(Callback):
+    """Appends sampled rollouts of the stage's task to `samples.jsonl` and TensorBoard's text.
+
+    Each record has stage, task, prompt, the teacher's prompt, the completion, and per token the
+    probability under the student and, where the method has one, under the teacher.
+
+    Args:
+        count: Rollouts per stage; 0 for none.
+
+    Raises:
+        ValueError: A negative count.
+    """
+
+    def __init__(self, count: int = 4) -> None:
+        if count < 0:
+            raise ValueError(f"samples.count must be 0 or more, found {count}")
+        self.count = count
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample, score, write."""
+        if self.count == 0:
+            return
+        assert isinstance(pl_module, StudentModule)
+        records = self.records(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        path = run_folder(trainer) / "samples.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        if isinstance(trainer.logger, TensorBoardLogger):
+            text = "\n\n".join(_markdown(record) for record in records)
+            trainer.logger.experiment.add_text("samples", text, trainer.global_step)
+
+    @torch.no_grad()
+    def records(self, trainer: Trainer, module: StudentModule) -> list[dict[str, Any]]:
+        """The samples of the stage that has just ended."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, ContinualDataModule)
+        stage = trainer.current_epoch
+        task = data.tasks[stage]
+        batch = collate(data.encoded(task, "train")[: self.count])
+        # A seed of its own, so that looking never changes what is trained.
+        with torch.random.fork_rng(), module.forward_precision():
+            torch.manual_seed(derive_seed(run_seed(), "samples", stage))
+            completion = _sample(module, batch)
+            student = _probabilities(module, batch, completion, of_teacher=False)
+            teacher = _probabilities(module, batch, completion, of_teacher=True)
+        return [
+            {
+                "stage": stage,
+                "task": task.name,
+                "prompt": module.tokenizer.decode(batch.student_ids[row]),
+                "teacher_prompt": module.tokenizer.decode(batch.teacher_ids[row]),
+                "completion": module.decode(ids),
+                "tokens": _tokens(module, ids, student[row], teacher[row] if teacher else None),
+            }
+            for row, ids in enumerate(completion.completions())
+        ]
+
+
+def _sample(module: StudentModule, batch: Batch) -> Rollout:
+    sampling = getattr(module, "sampling", None)
+    if not isinstance(sampling, Sampling):
+        sampling = Sampling(module.greedy.max_new_tokens)
+    return module.engine.generate(
+        module.model, batch.student_ids, sampling, module.eos_ids, module.pad_id
+    )
+
+
+def _probabilities(
+    module: StudentModule, batch: Batch, completion: Rollout, of_teacher: bool
+) -> list[list[float]] | None:
+    """Probability of each completion token, or None for the teacher of a method without one."""
+    if not of_teacher:
+        logits = completion_logits(module.model, batch.student_ids, completion, module.pad_id)
+    elif isinstance(module, SDFTModule) and module.teacher is not None:
+        logits = module.score(batch, completion)
+    else:
+        return None
+    return _chosen(logits, completion.ids_BT)
+
+
+def _chosen(logits_BTV: Tensor, ids_BT: Tensor) -> list[list[float]]:
+    probabilities = logits_BTV.float().softmax(-1).gather(-1, ids_BT.unsqueeze(-1)).squeeze(-1)
+    rows: list[list[float]] = probabilities.tolist()
+    return rows
+
+
+def _tokens(
+    module: StudentModule, ids: list[int], student: list[float], teacher: list[float] | None
+) -> list[dict[str, Any]]:
+    records = []
+    for place, token in enumerate(ids):
+        record: dict[str, Any] = {
+            "token": module.tokenizer.decode([token]),
+            "student": round(student[place], 4),
+        }
+        if teacher is not None:
+            record["teacher"] = round(teacher[place], 4)
+        records.append(record)
+    return records
+
+
+def _markdown(record: dict[str, Any]) -> str:
+    columns = ["token", "student", *(["teacher"] if "teacher" in record["tokens"][0] else [])]
+    lines = [f"**{record['task']}** `{record['prompt']}`", "", f"| {' | '.join(columns)} |"]
+    lines.append("|" + "---|" * len(columns))
+    for token in record["tokens"]:
+        cells = [str(token[column]).replace("|", "\\|").replace("\n", "⏎") for column in columns]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""A batch of encoded examples, and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sdft.examples import Example
+
+
+class Batch:
+    """Examples with the token ids of their prompts, unpadded.
+
+    A plain class on purpose: Lightning's device transfer leaves it alone, and padding belongs to
+    whoever runs the model.
+
+    Attributes:
+        examples: B examples.
+        student_ids: B student prompts.
+        teacher_ids: B teacher prompts; empty when nothing needs them.
+    """
+
+    __slots__ = ("examples", "student_ids", "teacher_ids")
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        student_ids: Sequence[Sequence[int]],
+        teacher_ids: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self.examples = list(examples)
+        self.student_ids = [list(ids) for ids in student_ids]
+        self.teacher_ids = [list(ids) for ids in teacher_ids]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def repeat(self, times: int) -> Batch:
+        """Every example `times` times, neighbours together."""
+        return Batch(
+            [example for example in self.examples for _ in range(times)],
+            [ids for ids in self.student_ids for _ in range(times)],
+            [ids for ids in self.teacher_ids for _ in range(times)],
+        )
+
+
+def pad(
+    sequences: Sequence[Sequence[int]], pad_id: int, side: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids to one length.
+
+    Args:
+        sequences: B sequences of token ids.
+        pad_id: Fills the empty places; any id does, the mask hides it.
+        side: "left" or "right".
+        device: Where the result lives.
+
+    Returns:
+        Ids `[B, T]` and their mask `[B, T]`, true at real tokens.
+    """
+    assert side in ("left", "right"), side
+    length = max((len(sequence) for sequence in sequences), default=0)
+    ids_BT = torch.full((len(sequences), length), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros((len(sequences), length), dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        place = slice(length - len(sequence), None) if side == "left" else slice(len(sequence))
+        ids_BT[row, place] = torch.tensor(sequence, dtype=torch.long)
+        mask_BT[row, place] = True
+    return ids_BT.to(device), mask_BT.to(device)

@@ -1,0 +1,153 @@
+"""The command line: `python -m sdft fit --config configs/seq_skills.yaml`.
+
+Built on LightningCLI: `fit`, `validate`, `test` and `predict`, every constructor argument of the
+module, the data and the callbacks as a flag and a YAML key. This is the one place that knows both
+the core and the callbacks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import sdft.methods  # noqa: F401 - registers the methods' class names
+from sdft.callbacks import (
+    EMATeacher,
+    ModelExport,
+    Predictions,
+    Retention,
+    Samples,
+    StageCheckpoint,
+    StageProgressBar,
+)
+from sdft.data import ContinualDataModule
+from sdft.module import SDFTModule
+from sdft.student import StudentModule
+
+TRACEBACK = "SDFT_TRACEBACK"
+"""Set this environment variable to see the Python traceback behind an error."""
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,  # the data module sets it to the number of stages
+    "num_sanity_val_steps": 0,  # the base row of the retention matrix takes its place
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "reload_dataloaders_every_n_epochs": 1,
+    "logger": {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": None, "name": "lightning_logs", "default_hp_metric": False},
+    },
+}
+
+
+class SDFTCLI(LightningCLI):
+    """LightningCLI with the run's callbacks as top-level keys."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `teacher`, `retention`, `samples`, `checkpoint` and `export`."""
+        parser.add_lightning_class_args(EMATeacher, "teacher")
+        parser.add_lightning_class_args(Retention, "retention")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(StageCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ModelExport, "export")
+        parser.set_defaults(
+            {
+                "model": {"class_path": "sdft.module.SDFTModule"},
+                "data": {"class_path": "sdft.data.ContinualDataModule"},
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Let the logger follow `trainer.default_root_dir`; resolve `ckpt_path`."""
+        config = self.config[self.subcommand]
+        root = config["trainer"]["default_root_dir"] or os.getcwd()
+        logger = config["trainer"]["logger"]
+        if logger and not isinstance(logger, bool | list):
+            arguments = logger.get("init_args", {})
+            if "save_dir" in arguments and arguments["save_dir"] is None:
+                arguments["save_dir"] = root
+        check_writable(Path(root))
+        if config.get("ckpt_path"):
+            config["ckpt_path"] = str(find_checkpoint(config["ckpt_path"], Path(root)))
+
+
+def check_writable(root: Path) -> None:
+    """Make the folder and write a probe into it, before anything is computed.
+
+    Raises:
+        ValueError: It cannot be made or written.
+    """
+    probe = root / ".sdft-write-probe"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to trainer.default_root_dir {str(root)!r}: {error.strerror or error}"
+        ) from error
+
+
+def find_checkpoint(path: str, root: Path) -> Path:
+    """The checkpoint file that `--ckpt_path` means.
+
+    Args:
+        path: A file, a run's folder (its `checkpoints/last.ckpt`), or `last`: the newest run's
+            under `root`.
+        root: `trainer.default_root_dir`.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if path == "last":
+        found = sorted(root.rglob("checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise ValueError(f"--ckpt_path last: no checkpoints/last.ckpt below {root}")
+        return found[-1]
+    file = Path(path)
+    if file.is_dir() and (file / "checkpoints" / "last.ckpt").exists():
+        return file / "checkpoints" / "last.ckpt"
+    if not file.exists():
+        raise ValueError(f"--ckpt_path {path!r} does not exist")
+    return file
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    Args:
+        args: Command-line arguments; those of the process when None.
+    """
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")
+    try:
+        SDFTCLI(
+            StudentModule,
+            ContinualDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={
+                **TRAINER_DEFAULTS,
+                "callbacks": [StageProgressBar(), Predictions()],
+            },
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"description": __doc__.splitlines()[0]},
+            args=args,
+        )
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"sdft: error: {error}\n(set {TRACEBACK}=1 for the traceback)", file=sys.stderr)
+        return 2
+    return 0
+
+
+__all__ = ["SDFTCLI", "SDFTModule", "main"]

@@ -1,0 +1,97 @@
+"""Greedy evaluation of one task: responses, scores, and what kind of responses they are."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdft.examples import Example
+from sdft.metrics import Cell, score_interval
+from sdft.tasks import Task
+
+log = logging.getLogger(__name__)
+
+DEFAULT_ARTIFACTS = (
+    r"(?i)^\W*(based on|according to|following|as (shown|given|seen|stated) in|similar to|like) "
+    r"(the|this|your) (\w+ )?(text|article|passage|example|demonstration|response|context)",
+    r"(?i)\b(example|sample) (response|answer) (above|given|provided)",
+)
+"""What a student picks up from a teacher that sees a demonstration (arXiv 2601.19897, limitations)."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """A decoded response: its text without special tokens, its tokens, and how it ended."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+class Artifacts:
+    """Tells whether a response carries an artifact of the demonstration.
+
+    Args:
+        patterns: Regular expressions; a response carries an artifact where any of them is found.
+
+    Raises:
+        ValueError: A pattern that does not compile.
+    """
+
+    def __init__(self, patterns: Sequence[str] = DEFAULT_ARTIFACTS) -> None:
+        try:
+            self.patterns = [re.compile(pattern) for pattern in patterns]
+        except re.error as error:
+            raise ValueError(f"artifact pattern {error.pattern!r} is no regex: {error}") from error
+
+    def __call__(self, text: str) -> bool:
+        return any(pattern.search(text) for pattern in self.patterns)
+
+
+def score_responses(
+    task: Task, examples: Sequence[Example], responses: Sequence[Response]
+) -> list[float]:
+    """One score per response.
+
+    Raises:
+        ValueError: The scorer raised or gave something that is no number in [0, 1]; names the
+            task, the prompt and the cause.
+    """
+    scores = []
+    for example, response in zip(examples, responses, strict=True):
+        try:
+            score = float(task.scorer(response.text, example))
+        except Exception as error:  # a user's scorer may raise anything
+            raise ValueError(
+                f"the scorer of task {task.name!r} raised {type(error).__name__}: {error} "
+                f"(prompt {example.prompt[:80]!r}, response {response.text[:80]!r})"
+            ) from error
+        if not 0.0 <= score <= 1.0:
+            raise ValueError(f"the scorer of task {task.name!r} gave {score}, not in [0, 1]")
+        scores.append(score)
+    return scores
+
+
+def summarise(
+    task: Task,
+    examples: Sequence[Example],
+    responses: Sequence[Response],
+    artifacts: Artifacts,
+) -> Cell:
+    """One cell of the retention matrix; a scorer that raises costs only this cell's score."""
+    if not responses:
+        return Cell(score=None, n=0, error=f"{task.name!r} has no example to evaluate")
+    n = len(responses)
+    facts = {
+        "mean_length": sum(response.tokens for response in responses) / n,
+        "truncated": sum(response.truncated for response in responses) / n,
+        "artifact": sum(artifacts(response.text) for response in responses) / n,
+    }
+    try:
+        scores = score_responses(task, examples, responses)
+    except ValueError as error:
+        log.warning("%s", error)
+        return Cell(score=None, n=n, error=str(error), **facts)
+    return Cell(score=sum(scores) / n, n=n, ci95=score_interval(scores), **facts)

@@ -1,0 +1,133 @@
+"""Per-token divergences between student and teacher, and their means: pure functions.
+
+The direction that the paper's results use is forward KL, KL(teacher ‖ student), over the full
+vocabulary, averaged over the tokens of each sequence and then over sequences (arXiv 2601.19897 v2,
+section 3).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+
+def token_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.0
+) -> Tensor:
+    """Exact divergence between two next-token distributions, token by token, in fp32.
+
+    With p the teacher and q the student:
+
+    * `alpha` 0: forward KL, KL(p ‖ q);
+    * `alpha` 1: reverse KL, KL(q ‖ p);
+    * between: generalised Jensen-Shannon divergence, alpha·KL(p ‖ m) + (1 − alpha)·KL(q ‖ m)
+      with m = (1 − alpha)·q + alpha·p.
+
+    A token that both sides rule out (logit −inf) contributes 0 to value and gradient.
+
+    Args:
+        student_logits: `[B, T, V]`, any float dtype.
+        teacher_logits: `[B, T, V]`.
+        alpha: Which divergence, in [0, 1].
+
+    Returns:
+        `[B, T]`, nats, fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: `alpha` outside [0, 1] or shapes that differ.
+    """
+    check_alpha(alpha)
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student and teacher logits differ in shape: {tuple(student_logits.shape)} and "
+            f"{tuple(teacher_logits.shape)}"
+        )
+    student_BTV, teacher_BTV = _log_probs(student_logits), _log_probs(teacher_logits)
+    if alpha == 0.0:
+        return _kl(teacher_BTV, student_BTV)
+    if alpha == 1.0:
+        return _kl(student_BTV, teacher_BTV)
+    mixture_BTV = _log_mixture(student_BTV, teacher_BTV, alpha)
+    return alpha * _kl(teacher_BTV, mixture_BTV) + (1 - alpha) * _kl(student_BTV, mixture_BTV)
+
+
+def sequence_mean(per_token: Tensor, mask: Tensor) -> Tensor:
+    """Mean over each sequence's unmasked tokens, then over the sequences that have any.
+
+    A batch without a single unmasked token gives 0, with a gradient of 0.
+
+    Args:
+        per_token: `[B, T]`.
+        mask: `[B, T]`, true (1) where a token counts.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: Shapes that differ.
+    """
+    if per_token.shape != mask.shape:
+        raise ValueError(
+            f"per_token {tuple(per_token.shape)} and mask {tuple(mask.shape)} differ in shape"
+        )
+    mask = mask.bool()
+    totals_B = torch.where(mask, per_token, torch.zeros_like(per_token)).sum(-1)
+    counts_B = mask.sum(-1)
+    means_B = totals_B / counts_B.clamp(min=1)
+    return means_B.sum() / (counts_B > 0).sum().clamp(min=1)
+
+
+def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target token, in fp32.
+
+    Args:
+        logits: `[B, T, V]`.
+        targets: `[B, T]`, token ids.
+
+    Returns:
+        `[B, T]`, nats.
+    """
+    return cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy of each next-token distribution: `[B, T, V]` → `[B, T]`, nats, fp32."""
+    log_probs_BTV = _log_probs(logits)
+    return -_expectation(log_probs_BTV, log_probs_BTV)
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise ValueError unless `alpha` lies in [0, 1]."""
+    if not (math.isfinite(alpha) and 0.0 <= alpha <= 1.0):
+        raise ValueError(
+            f"alpha must lie in [0, 1] (0 forward KL, 1 reverse KL, between JSD), found {alpha}"
+        )
+
+
+def _log_probs(logits_BTV: Tensor) -> Tensor:
+    dtype = torch.float64 if logits_BTV.dtype == torch.float64 else torch.float32
+    return log_softmax(logits_BTV, dim=-1, dtype=dtype)
+
+
+def _kl(p_BTV: Tensor, q_BTV: Tensor) -> Tensor:
+    """KL(p ‖ q) of log-probabilities; a token with p = 0 contributes 0, one with only q = 0 inf."""
+    impossible = p_BTV == -math.inf
+    difference = p_BTV.masked_fill(impossible, 0.0) - q_BTV.masked_fill(impossible, 0.0)
+    return (p_BTV.exp() * difference).sum(-1)
+
+
+def _expectation(p_BTV: Tensor, value_BTV: Tensor) -> Tensor:
+    return (p_BTV.exp() * value_BTV.masked_fill(p_BTV == -math.inf, 0.0)).sum(-1)
+
+
+def _log_mixture(student_BTV: Tensor, teacher_BTV: Tensor, alpha: float) -> Tensor:
+    """Log of (1 − alpha)·student + alpha·teacher."""
+    # logaddexp(-inf, -inf) has a NaN gradient; such tokens never count, so any finite value does.
+    neither = (student_BTV == -math.inf) & (teacher_BTV == -math.inf)
+    return torch.logaddexp(
+        student_BTV.masked_fill(neither, 0.0) + math.log1p(-alpha),
+        teacher_BTV.masked_fill(neither, 0.0) + math.log(alpha),
+    )

@@ -1,0 +1,58 @@
+"""SFT: cross-entropy on the demonstrations, the baseline that SDFT is measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdft.batch import Batch, pad
+from sdft.losses import sequence_mean, token_cross_entropy, token_divergence, token_entropy
+from sdft.rollout import Rollout
+from sdft.scoring import completion_logits
+from sdft.student import StudentModule
+
+
+class SFTModule(StudentModule):
+    """Supervised fine-tuning on the demonstration as the response to the bare prompt.
+
+    The same prompts, batches, schedule and evaluation as SDFT.
+    """
+
+    method = "sft"
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of the demonstrations; returns the loss."""
+        self.phases.enter("update")
+        target = self.targets(batch)
+        logits_BTV = completion_logits(self.model, batch.student_ids, target, self.pad_id)
+        loss = sequence_mean(token_cross_entropy(logits_BTV, target.ids_BT), target.mask_BT)
+        self._log_step(batch, target, loss, logits_BTV.detach())
+        return loss
+
+    def targets(self, batch: Batch) -> Rollout:
+        """The demonstrations as completions, each ended by the end-of-sequence token."""
+        sequences = [self._target_ids(example.demonstration or "") for example in batch.examples]
+        ids_BT, mask_BT = pad(sequences, self.pad_id, "right", self.device)
+        return Rollout(ids_BT, mask_BT, torch.zeros(len(batch), dtype=torch.bool))
+
+    def _target_ids(self, demonstration: str) -> list[int]:
+        ids = self.tokenizer.encode(demonstration, add_special_tokens=False)
+        eos = self.tokenizer.eos_token_id
+        return [*ids, eos] if eos is not None else list(ids)
+
+    @torch.no_grad()
+    def _log_step(
+        self, batch: Batch, target: Rollout, loss: Tensor, logits_BTV: Tensor
+    ) -> None:
+        values = {
+            "train/cross_entropy": loss.detach(),
+            "train/completion_length": target.lengths_B.float().mean(),
+        }
+        if self.logs_this_step:
+            values["train/entropy"] = sequence_mean(token_entropy(logits_BTV), target.mask_BT)
+            if self.base is not None:
+                base_BTV = completion_logits(self.base, batch.student_ids, target, self.pad_id)
+                per_token_BT = token_divergence(logits_BTV, base_BTV)
+                values["train/kl_base_student"] = sequence_mean(per_token_BT, target.mask_BT)
+        self.log_dict(values, batch_size=len(batch))
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))

@@ -1,0 +1,148 @@
+"""Rollouts: completions that the student samples for its own prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from sdft.batch import pad
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        max_new_tokens: Longest completion, in tokens, its end-of-sequence token included.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Keep the smallest set of tokens with at least this probability; 1 keeps all.
+        top_k: Keep this many of the likeliest tokens; 0 keeps all.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            "temperature must be a finite number, 0 (greedy) or more",
+            self.temperature,
+        )
+        _require(0 < self.top_p <= 1, "top_p must lie in (0, 1]", self.top_p)
+        _require(self.top_k >= 0, "top_k must be 0 (keep all) or more", self.top_k)
+
+
+def _require(condition: bool, rule: str, found: object) -> None:
+    if not condition:
+        raise ValueError(f"{rule}, found {found}")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B completions, padded on the right.
+
+    Attributes:
+        ids_BT: Token ids, an end-of-sequence token included where one was drawn.
+        mask_BT: True at real tokens.
+        truncated_B: True where the length limit ended the completion.
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    truncated_B: Tensor
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Tokens per completion, `[B]`."""
+        return self.mask_BT.sum(-1)
+
+    def completions(self) -> list[list[int]]:
+        """The completions without their padding."""
+        lengths = self.lengths_B.tolist()
+        return [row[:length] for row, length in zip(self.ids_BT.tolist(), lengths, strict=True)]
+
+
+class RolloutEngine(Protocol):
+    """Anything that samples completions from a model as it is now."""
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        pad_id: int,
+    ) -> Rollout:
+        """Sample one completion per prompt; torch's global generator is the only randomness."""
+
+
+class GenerateEngine:
+    """Rollouts through `model.generate`: every architecture that transformers can decode.
+
+    The model's own generation defaults (repetition penalty, top-k, forced tokens …) are kept out:
+    they would change the distribution that the loss assumes.
+    """
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        pad_id: int,
+    ) -> Rollout:
+        """Sample one completion per prompt (see `RolloutEngine`)."""
+        ids_BT, mask_BT = pad(prompts, pad_id, "left", model.device)
+        with _decoding(model, _generation_config(sampling, eos_ids, pad_id)):
+            output_BT = model.generate(inputs=ids_BT, attention_mask=mask_BT.long())
+        return as_rollout(output_BT[:, ids_BT.shape[1] :], eos_ids, sampling.max_new_tokens)
+
+
+def as_rollout(ids_BT: Tensor, eos_ids: Sequence[int], max_new_tokens: int) -> Rollout:
+    """Mask what follows each completion's first end-of-sequence token."""
+    ends_BT = torch.isin(ids_BT, torch.tensor(list(eos_ids), device=ids_BT.device))
+    ended_before_BT = ends_BT.cumsum(-1) - ends_BT.long() > 0
+    truncated_B = ~ends_BT.any(-1)
+    assert not truncated_B.any() or ids_BT.shape[1] == max_new_tokens
+    return Rollout(ids_BT, ~ended_before_BT, truncated_B)
+
+
+def _generation_config(
+    sampling: Sampling, eos_ids: Sequence[int], pad_id: int
+) -> GenerationConfig:
+    sample = sampling.temperature > 0
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sample,
+        temperature=sampling.temperature if sample else None,
+        top_p=sampling.top_p if sample else None,
+        top_k=sampling.top_k if sample else None,
+        eos_token_id=list(eos_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+
+
+@contextmanager
+def _decoding(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode with only our generation settings; everything is restored afterwards."""
+    # `generate` fills what a given config leaves open from the model's own one, hence the swap.
+    training, own_config = model.training, model.generation_config
+    model.eval()
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own_config
+        model.train(training)

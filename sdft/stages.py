@@ -1,0 +1,94 @@
+"""The order of training batches within one stage: a pure function of seed and stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from sdft.seeding import derive_seed
+
+ItemT = TypeVar("ItemT")
+BatchT = TypeVar("BatchT")
+
+
+def stage_batches(
+    rows: int, batch_size: int, seed: int, stage: int, batches: int, shuffle: bool = True
+) -> list[list[int]]:
+    """Row indices of each batch of a stage.
+
+    Each pass over the rows is shuffled anew; a pass's last batch may be smaller; passes repeat
+    until there are enough batches.
+
+    Args:
+        rows: Number of examples, at least 1.
+        batch_size: Examples per batch.
+        seed: The run's seed.
+        stage: Index of the stage.
+        batches: How many batches to produce.
+        shuffle: Keep the given order when false.
+    """
+    assert rows > 0
+    generator = torch.Generator()
+    result: list[list[int]] = []
+    epoch = 0
+    while len(result) < batches:
+        generator.manual_seed(derive_seed(seed, stage, epoch))
+        order = torch.randperm(rows, generator=generator).tolist() if shuffle else range(rows)
+        result += [list(order[i : i + batch_size]) for i in range(0, rows, batch_size)]
+        epoch += 1
+    return result[:batches]
+
+
+def batches_in_stage(
+    rows: int, batch_size: int, steps: int | None, epochs: int | None, accumulate: int
+) -> int:
+    """Batches that make `steps` optimizer steps of `accumulate` batches, or `epochs` passes."""
+    if steps is not None:
+        return steps * accumulate
+    assert epochs is not None
+    return epochs * math.ceil(rows / batch_size)
+
+
+class StageLoader(Generic[ItemT, BatchT]):
+    """Yields a stage's batches and can continue in its middle.
+
+    Args:
+        items: The stage's examples.
+        batches: Row indices of each batch (see `stage_batches`).
+        collate: Makes a batch of the chosen items.
+        stage: Index of the stage; a state saved in another stage is ignored.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[ItemT],
+        batches: Sequence[Sequence[int]],
+        collate: Callable[[list[ItemT]], BatchT],
+        stage: int,
+    ) -> None:
+        self.items = items
+        self.batches = batches
+        self.collate = collate
+        self.stage = stage
+        self._start = 0
+        self._yielded = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[BatchT]:
+        for index in range(self._start, len(self.batches)):
+            self._yielded = index + 1
+            yield self.collate([self.items[row] for row in self.batches[index]])
+        self._start = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands: its stage and the batches handed out."""
+        return {"stage": self.stage, "yielded": self._yielded}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the batches that were handed out, if the state is this stage's."""
+        self._start = self._yielded = state["yielded"] if state["stage"] == self.stage else 0
