@@ -9,8 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from sdft.data import ContinualDataModule
-from sdft.run_folder import run_folder
+from sdft.run import is_dry, run_folder, task_stream
 
 
 class StageCheckpoint(Checkpoint):
@@ -57,14 +56,13 @@ class StageCheckpoint(Checkpoint):
             self._save(trainer, "last.ckpt")
             return
         stage = trainer.current_epoch
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, ContinualDataModule)
-        path = self._save(trainer, f"stage-{stage + 1}-{data.tasks[stage].name}.ckpt")
+        task = task_stream(trainer).tasks[stage]
+        path = self._save(trainer, f"stage-{stage + 1}-{task.name}.ckpt")
         if path is not None and trainer.is_global_zero:
             _link(path, path.with_name("last.ckpt"))
 
     def _save(self, trainer: Trainer, name: str) -> Path | None:
-        if trainer.fast_dev_run:
+        if is_dry(trainer):
             return None
         path = run_folder(trainer) / "checkpoints" / name
         temporary = path.with_name(f".{name}.tmp")

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sdft.run import log_every_n_steps
 from sdft.student import StudentModule, squared_distance
 
 KINDS = ("ema", "frozen", "live")
@@ -71,7 +72,7 @@ class EMATeacher(Callback):
         assert isinstance(pl_module, StudentModule)
         if trainer.global_step % self.every_n_steps == 0 and self.rate > 0:
             update_average(teacher, pl_module.model, self.rate)
-        if trainer.global_step % trainer.log_every_n_steps == 0 and pl_module.base is not None:
+        if trainer.global_step % log_every_n_steps(trainer) == 0 and pl_module.base is not None:
             moved = teacher_moved(teacher, pl_module.model, pl_module.base)
             pl_module.log("teacher/moved", moved, batch_size=len(batch))
 
@@ -85,7 +86,7 @@ def update_average(teacher: PreTrainedModel, student: PreTrainedModel, rate: flo
         student: The same architecture, any precision.
         rate: In [0, 1]; 1 makes the teacher equal to the student, exactly.
     """
-    averages = list(teacher.parameters())
+    averages: list[Tensor] = list(teacher.parameters())
     values = [parameter.detach().to(torch.float32) for parameter in student.parameters()]
     assert all(average.dtype == torch.float32 for average in averages)
     torch._foreach_lerp_(averages, values, rate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sdft.run_folder import run_folder
+from sdft.run import is_dry, run_folder
 from sdft.student import StudentModule
 
 
@@ -22,7 +22,7 @@ class ModelExport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save student and tokenizer."""
-        if not self.enabled or not trainer.is_global_zero or trainer.fast_dev_run:
+        if not self.enabled or not trainer.is_global_zero or is_dry(trainer):
             return
         assert isinstance(pl_module, StudentModule)
         folder = run_folder(trainer) / "model"

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sdft.atomic import atomic_write
-from sdft.run_folder import run_folder
+from sdft.run import run_folder
 
 
 class Predictions(Callback):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-from sdft.data import ContinualDataModule
+from sdft.run import task_stream
 from sdft.student import StudentModule
 
 
@@ -24,10 +24,10 @@ class StageProgressBar(RichProgressBar):
             self.progress.update(self.train_progress_bar_id, description=description)
 
     def _get_train_description(self, current_epoch: int) -> str:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
         module = self.trainer.lightning_module
-        if not (isinstance(data, ContinualDataModule) and isinstance(module, StudentModule)):
+        if not isinstance(module, StudentModule):
             return str(super()._get_train_description(current_epoch))
+        data = task_stream(self.trainer)
         stages = len(data.tasks)
         stage = min(current_epoch, stages - 1)
         parts = [f"stage {stage + 1}/{stages}", data.tasks[stage].name, module.phases.current]

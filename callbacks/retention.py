@@ -7,11 +7,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sdft.data import ContinualDataModule, Encoded
+from sdft.data import Encoded
 from sdft.evaluation import DEFAULT_ARTIFACTS, Artifacts, Response, summarise
 from sdft.metrics import Cell
 from sdft.report import RetentionReport
-from sdft.run_folder import run_folder
+from sdft.run import run_folder, task_stream
 from sdft.seeding import run_seed
 from sdft.student import StudentModule
 from sdft.tasks import Split, Task
@@ -56,7 +56,7 @@ class Retention(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the examples now: what cannot be read fails before anything is trained."""
         if self.enabled:
-            for task in _data(trainer).evaluated:
+            for task in task_stream(trainer).evaluated:
                 if not self._examples(trainer, task):
                     log.warning("%r has no %s or validation examples", task.name, self.split)
 
@@ -76,7 +76,9 @@ class Retention(Callback):
         assert isinstance(pl_module, StudentModule)
         assert len(self.rows) == rows - 1, "one row is owed at most: stages end with theirs"
         pl_module.phases.enter("evaluate")
-        self.rows.append([self._cell(trainer, pl_module, t) for t in _data(trainer).evaluated])
+        self.rows.append(
+            [self._cell(trainer, pl_module, t) for t in task_stream(trainer).evaluated]
+        )
         pl_module.phases.enter("")
         self._report(trainer, pl_module)
 
@@ -84,16 +86,16 @@ class Retention(Callback):
 
     def _cell(self, trainer: Trainer, module: StudentModule, task: Task) -> Cell:
         encoded = self._examples(trainer, task)
-        responses = respond_all(module, encoded, _data(trainer).eval_batch_size)
+        responses = respond_all(module, encoded, task_stream(trainer).eval_batch_size)
         return summarise(task, [item.example for item in encoded], responses, self.artifacts)
 
     def _examples(self, trainer: Trainer, task: Task) -> list[Encoded]:
-        data = _data(trainer)
+        data = task_stream(trainer)
         found = data.encoded(task, self.split) or data.encoded(task, "validation")
         return found[: self.limit]
 
     def _report(self, trainer: Trainer, module: LightningModule) -> None:
-        data = _data(trainer)
+        data = task_stream(trainer)
         report = RetentionReport(
             tasks=[task.name for task in data.tasks],
             suites=[suite.name for suite in data.suites],
@@ -119,9 +121,7 @@ class Retention(Callback):
         self.rows = [[Cell.from_dict(cell) for cell in row] for row in state_dict["rows"]]
 
 
-def respond_all(
-    module: StudentModule, encoded: list[Encoded], batch_size: int
-) -> list[Response]:
+def respond_all(module: StudentModule, encoded: list[Encoded], batch_size: int) -> list[Response]:
     """Greedy responses to all examples, in their order; batched by length to save padding."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].student_ids))
     responses: list[Response | None] = [None] * len(encoded)
@@ -131,12 +131,6 @@ def respond_all(
         for i, response in zip(chosen, module.respond(prompts, module.greedy), strict=True):
             responses[i] = response
     return [response for response in responses if response is not None]
-
-
-def _data(trainer: Trainer) -> ContinualDataModule:
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(data, ContinualDataModule)
-    return data
 
 
 def _scalars(report: RetentionReport) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from sdft.batch import Batch
-from sdft.data import ContinualDataModule, collate
+from sdft.data import collate
 from sdft.module import SDFTModule
 from sdft.rollout import Rollout, Sampling
-from sdft.run_folder import run_folder
+from sdft.run import run_folder, task_stream
 from sdft.scoring import completion_logits
 from sdft.seeding import derive_seed, run_seed
 from sdft.student import StudentModule
@@ -58,8 +57,7 @@ class Samples(Callback):
     @torch.no_grad()
     def records(self, trainer: Trainer, module: StudentModule) -> list[dict[str, Any]]:
         """The samples of the stage that has just ended."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, ContinualDataModule)
+        data = task_stream(trainer)
         stage = trainer.current_epoch
         task = data.tasks[stage]
         batch = collate(data.encoded(task, "train")[: self.count])
@@ -67,8 +65,11 @@ class Samples(Callback):
         with torch.random.fork_rng(), module.forward_precision():
             torch.manual_seed(derive_seed(run_seed(), "samples", stage))
             completion = _sample(module, batch)
-            student = _probabilities(module, batch, completion, of_teacher=False)
-            teacher = _probabilities(module, batch, completion, of_teacher=True)
+            student = _chosen(
+                completion_logits(module.model, batch.student_ids, completion, module.pad_id),
+                completion.ids_BT,
+            )
+            teacher = _teacher_probabilities(module, batch, completion)
         return [
             {
                 "stage": stage,
@@ -91,20 +92,16 @@ def _sample(module: StudentModule, batch: Batch) -> Rollout:
     )
 
 
-def _probabilities(
-    module: StudentModule, batch: Batch, completion: Rollout, of_teacher: bool
+def _teacher_probabilities(
+    module: StudentModule, batch: Batch, completion: Rollout
 ) -> list[list[float]] | None:
-    """Probability of each completion token, or None for the teacher of a method without one."""
-    if not of_teacher:
-        logits = completion_logits(module.model, batch.student_ids, completion, module.pad_id)
-    elif isinstance(module, SDFTModule) and module.teacher is not None:
-        logits = module.score(batch, completion)
-    else:
-        return None
-    return _chosen(logits, completion.ids_BT)
+    if isinstance(module, SDFTModule) and module.teacher is not None:
+        return _chosen(module.score(batch, completion), completion.ids_BT)
+    return None
 
 
 def _chosen(logits_BTV: Tensor, ids_BT: Tensor) -> list[list[float]]:
+    """Probability of each completion token."""
     probabilities = logits_BTV.float().softmax(-1).gather(-1, ids_BT.unsqueeze(-1)).squeeze(-1)
     rows: list[list[float]] = probabilities.tolist()
     return rows

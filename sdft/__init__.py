@@ -1,6 +1,6 @@
 """Self-Distillation Fine-Tuning on Lightning.
 
-    from sdft import ContinualDataModule, Example, SDFTModule
+from sdft import ContinualDataModule, Example, SDFTModule
 """
 
 from importlib import import_module as _import_module

@@ -13,8 +13,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import sdft.methods  # noqa: F401 - registers the methods' class names
 from sdft.callbacks import (

@@ -141,8 +141,10 @@ class ContinualDataModule(LightningDataModule):
                 f"{dropped_teacher} teacher prompts over {self.max_teacher_tokens})"
             )
             if not fits:
-                raise ValueError(f"{message}: none is left; raise data.max_student_tokens, "
-                                 "data.max_teacher_tokens or use a model with a longer context")
+                raise ValueError(
+                    f"{message}: none is left; raise data.max_student_tokens, "
+                    "data.max_teacher_tokens or use a model with a longer context"
+                )
             log.warning(message)
         return fits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sdft.examples import Example
 from sdft.metrics import Cell, score_interval
@@ -18,7 +18,7 @@ DEFAULT_ARTIFACTS = (
     r"(the|this|your) (\w+ )?(text|article|passage|example|demonstration|response|context)",
     r"(?i)\b(example|sample) (response|answer) (above|given|provided)",
 )
-"""What a student picks up from a teacher that sees a demonstration (arXiv 2601.19897, limitations)."""
+"""What a student picks up from a teacher that sees a demonstration (arXiv 2601.19897)."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Artifacts:
             raise ValueError(f"artifact pattern {error.pattern!r} is no regex: {error}") from error
 
     def __call__(self, text: str) -> bool:
+        """Whether any pattern is found in `text`."""
         return any(pattern.search(text) for pattern in self.patterns)
 
 
@@ -84,14 +85,16 @@ def summarise(
     if not responses:
         return Cell(score=None, n=0, error=f"{task.name!r} has no example to evaluate")
     n = len(responses)
-    facts = {
-        "mean_length": sum(response.tokens for response in responses) / n,
-        "truncated": sum(response.truncated for response in responses) / n,
-        "artifact": sum(artifacts(response.text) for response in responses) / n,
-    }
+    unscored = Cell(
+        score=None,
+        n=n,
+        mean_length=sum(response.tokens for response in responses) / n,
+        truncated=sum(response.truncated for response in responses) / n,
+        artifact=sum(artifacts(response.text) for response in responses) / n,
+    )
     try:
         scores = score_responses(task, examples, responses)
     except ValueError as error:
         log.warning("%s", error)
-        return Cell(score=None, n=n, error=str(error), **facts)
-    return Cell(score=sum(scores) / n, n=n, ci95=score_interval(scores), **facts)
+        return replace(unscored, error=str(error))
+    return replace(unscored, score=sum(scores) / n, ci95=score_interval(scores))

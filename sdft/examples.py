@@ -37,20 +37,19 @@ def as_messages(prompt: str | Sequence[Message]) -> tuple[Message, ...]:
     Raises:
         ValueError: An empty prompt, a malformed message, or a last turn that is not the user's.
     """
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, Sequence) or not prompt:
+    messages: Sequence[Message] = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    )
+    if not messages:
         raise ValueError("the prompt is empty: give a text or a list of messages")
-    for message in prompt:
+    for message in messages:
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
-            raise ValueError(
-                f"a message needs the texts 'role' and 'content', found {message!r}"
-            )
-    last = prompt[-1]
+            raise ValueError(f"a message needs the texts 'role' and 'content', found {message!r}")
+    last = messages[-1]
     if last["role"] != "user":
         raise ValueError(f"the last message must be the user's, found role {last['role']!r}")
     if not last["content"].strip():
         raise ValueError("the prompt is empty: the last user turn has no text")
-    return tuple(prompt)
+    return tuple(messages)

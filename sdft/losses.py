@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
 
-def token_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.0
-) -> Tensor:
+def token_divergence(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.0) -> Tensor:
     """Exact divergence between two next-token distributions, token by token, in fp32.
 
     With p the teacher and q the student:

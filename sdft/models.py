@@ -71,9 +71,7 @@ class ModelSource:
         try:
             if "gguf_file" not in options:
                 AutoConfig.from_pretrained(self.location, **self.options)
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                self.location, **options
-            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.location, **options)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"cannot load a causal LM from {self.name!r}: {error}") from error
         # GGUF tensors are dequantised on loading whatever `dtype` says.
@@ -98,7 +96,7 @@ class ModelSource:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a response: the generation config's, the model config's, the tokenizer's."""
+    """Every id that ends a response, by generation config, model config or tokenizer."""
     found: set[int] = set()
     config = model.config.get_text_config()
     for value in (
@@ -107,7 +105,9 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         tokenizer.eos_token_id,
     ):
         if value is not None:
-            found.update(int(token) for token in (value if isinstance(value, Iterable) else [value]))
+            found.update(
+                int(token) for token in (value if isinstance(value, Iterable) else [value])
+            )
     return sorted(found)
 
 

@@ -161,15 +161,13 @@ class SDFTModule(StudentModule):
         self.log_dict(values, batch_size=len(batch))
         self.log("divergence", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))
 
-    def kl_to_base(
-        self, batch: Batch, completion: Rollout, student_logits_BTV: Tensor
-    ) -> Tensor:
+    def kl_to_base(self, batch: Batch, completion: Rollout, student_logits_BTV: Tensor) -> Tensor:
         """KL(base ‖ student) per token on the student's own completions of the new task."""
         assert self.base is not None
-        base_logits_BTV = completion_logits(
-            self.base, batch.student_ids, completion, self.pad_id
+        base_logits_BTV = completion_logits(self.base, batch.student_ids, completion, self.pad_id)
+        return sequence_mean(
+            token_divergence(student_logits_BTV, base_logits_BTV), completion.mask_BT
         )
-        return sequence_mean(token_divergence(student_logits_BTV, base_logits_BTV), completion.mask_BT)
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -7,7 +7,6 @@ notebook's. Colours are told apart by colour-blind readers (cividis; Okabe & Ito
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from sdft.metrics import Cell
 _CELL = (1.05, 0.62)  # inches
 _TASK, _SUITE, _TRAINED, _MUTED = "#0072B2", "#D55E00", "#F0E442", "#666666"
 _SUITE_GAP = 0.25  # the space between tasks and suites, in cells
+_PANEL = (2.6, 2.1)  # inches, a small plot with its labels
 _PER_LINE = 4  # small plots in a line
 
 
@@ -41,22 +41,23 @@ def plot_matrix(
         caption: Text under the title, one line per line.
     """
     names = [*tasks, *suites]
-    labels = ["base", *(f"{i}. {_short(tasks[i - 1], 24)}" for i in range(1, len(rows)))]
-    left = 0.5 + 0.085 * max(map(len, labels))
-    bottom, top = 0.35 + 0.068 * max(len(_short(name, 28)) for name in names), 0.55
-    top += 0.2 * (caption.count("\n") + 1)
-    width = _CELL[0] * (len(names) + (_SUITE_GAP if suites else 0))
-    height = _CELL[1] * len(rows)
+    labels = ["base", *(f"{i}. {_short(name, 24)}" for i, name in enumerate(tasks, 1))][: len(rows)]
+    slanted = [len(_short(name, 28)) for name in names]
+    left = max(0.5 + 0.085 * max(map(len, labels), default=0), 0.066 * slanted[0] - 0.4)
+    bottom, top = 0.3 + 0.047 * max(slanted), 0.75
+    top += 0.18 * (caption.count("\n") + 1)
+    edges = [_edge(column, len(tasks)) for column in range(len(names))]
+    width = _CELL[0] * (edges[-1] + 1)
+    height = _CELL[1] * max(len(rows), 1)
     figure = _figure(max(left + width + 0.9, 6.2), height + bottom + top)
     axes = _place(figure, left, bottom, width, height)
-    edges = [_edge(column, len(tasks)) for column in range(len(names))]
     for i, row in enumerate(rows):
         for column, cell in enumerate(row):
             _draw_cell(axes, edges[column], i, cell)
     for stage in range(1, len(rows)):
         _frame(axes, edges[stage - 1], stage)
     axes.set_xlim(0, edges[-1] + 1)
-    axes.set_ylim(len(rows), 0)
+    axes.set_ylim(max(len(rows), 1), 0)
     axes.set_yticks([i + 0.5 for i in range(len(rows))], labels)
     axes.set_xticks([edge + 0.62 for edge in edges], [_short(name, 28) for name in names])
     axes.tick_params(length=0, labelsize=9)
@@ -64,7 +65,8 @@ def plot_matrix(
         label.set(rotation=35, ha="right", rotation_mode="anchor")
         label.set_color(_TASK if column < len(tasks) else _SUITE)
     axes.spines[:].set_visible(False)
-    _heading(figure, "Score after each stage", caption)
+    _group_titles(axes, edges, len(tasks))
+    _heading(figure, "Score after each stage (framed: the task it trained)", caption)
     _colour_bar(figure, left + width + 0.15, bottom, height)
     return figure
 
@@ -83,26 +85,23 @@ def plot_curves(
         suites: Names of the prior suites.
         caption: Text under the title, one line per line.
     """
-    names = [*tasks, *suites]
-    across = min(len(names), _PER_LINE)
-    down = math.ceil(len(names) / across)
-    top = 0.95 + 0.2 * (caption.count("\n") + 1)
-    figure = _figure(max(0.8 + 2.6 * across, 6.2), 0.3 + 2.15 * down + top)
-    panel = ((figure.get_figwidth() - 0.65) / across, 2.15)
-    for column, name in enumerate(names):
-        line, place = divmod(column, across)
-        axes = _place(
-            figure,
-            0.65 + panel[0] * place,
-            0.7 + panel[1] * (down - 1 - line),
-            panel[0] - 0.25,
-            panel[1] - 0.75,
-        )
+    across = min(max(len(tasks), len(suites)), _PER_LINE)
+    task_lines, suite_lines = (math.ceil(len(group) / across) for group in (tasks, suites))
+    down = task_lines + suite_lines
+    top = 0.75 + 0.18 * (caption.count("\n") + 1)
+    figure = _figure(max(0.7 + _PANEL[0] * across, 6.2), 0.15 + _PANEL[1] * down + top)
+    for column, name in enumerate([*tasks, *suites]):
         trained = column + 1 if column < len(tasks) else None
+        # The suites begin a new line.
+        line, place = divmod(column if trained else column - len(tasks), across)
+        line += 0 if trained else task_lines
+        from_bottom = 0.55 + _PANEL[1] * (down - 1 - line)
+        size = _PANEL[0] - 0.3, _PANEL[1] - 0.7
+        axes = _place(figure, 0.6 + _PANEL[0] * place, from_bottom, *size)
         _draw_curve(axes, [row[column] for row in rows], trained, len(tasks))
-        _label_panel(axes, name, trained, place == 0, column + across >= len(names))
+        _label_panel(axes, name, trained, place == 0)
     _heading(figure, "Score across stage boundaries", caption)
-    _legend(figure, 0.5 + 0.2 * (caption.count("\n") + 1), bool(suites))
+    _legend(figure, 0.4 + 0.18 * (caption.count("\n") + 1), bool(suites))
     return figure
 
 
@@ -123,16 +122,19 @@ def _place(figure: Figure, left: float, bottom: float, width: float, height: flo
 
 
 def _short(name: str, length: int) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """Cut in the middle: long names often differ at their ends."""
+    head, tail = length // 2, length - length // 2 - 1
+    return name if len(name) <= length else f"{name[:head]}…{name[-tail:]}"
 
 
 def _edge(column: int, tasks: int) -> float:
-    return column + (_SUITE_GAP if column >= tasks else 0)
+    return column + (_SUITE_GAP if column >= tasks > 0 else 0)
 
 
 def _draw_cell(axes: Axes, left: float, top: float, cell: Cell) -> None:
     if cell.score is None:
         _box(axes, left, top, facecolor="#eeeeee", edgecolor="#aaaaaa", hatch="////", linewidth=0)
+        _box(axes, left + 0.3, top + 0.3, 0.36, 0.34, facecolor="#eeeeee", linewidth=0)
         _write(axes, left, top + 0.5, "n/a", 10, _MUTED)
         return
     _box(axes, left, top, facecolor=colormaps["cividis"](cell.score), linewidth=0)
@@ -143,15 +145,23 @@ def _draw_cell(axes: Axes, left: float, top: float, cell: Cell) -> None:
 
 
 def _frame(axes: Axes, left: float, top: float) -> None:
-    _box(axes, left, top, fill=False, edgecolor=_SUITE, linewidth=2.2, clip_on=False)
+    _box(axes, left, top, fill=False, edgecolor="black", linewidth=2, clip_on=False)
 
 
-def _box(axes: Axes, left: float, top: float, **style: Any) -> None:
-    axes.add_patch(Rectangle((left + 0.02, top + 0.03), 0.96, 0.94, **style))
+def _box(
+    axes: Axes, left: float, top: float, width: float = 0.96, height: float = 0.94, **style: Any
+) -> None:
+    axes.add_patch(Rectangle((left + 0.02, top + 0.03), width, height, **style))
 
 
 def _write(axes: Axes, left: float, height: float, text: str, size: int, ink: str) -> None:
     axes.text(left + 0.5, height, text, ha="center", va="center", fontsize=size, color=ink)
+
+
+def _group_titles(axes: Axes, edges: Sequence[float], tasks: int) -> None:
+    groups = [("tasks", 0, _TASK), ("prior suites", tasks, _SUITE)]
+    for title, first, colour in groups if 0 < tasks < len(edges) else []:
+        axes.text(edges[first] + 0.02, -0.08, title, color=colour, fontsize=9, va="bottom")
 
 
 def _colour_bar(figure: Figure, left: float, bottom: float, height: float) -> None:
@@ -183,6 +193,7 @@ def _draw_curve(axes: Axes, cells: Sequence[Cell], trained: int | None, stages: 
     high = [math.nan if cell.ci95 is None else cell.ci95[1] for cell in cells]
     stage = range(len(cells))
     axes.fill_between(stage, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.vlines(stage, low, high, color=colour, alpha=0.5, linewidth=1.2)
     axes.plot(stage, scores, color=colour, marker="o", markersize=4, linewidth=1.6)
     missing = [i for i, cell in enumerate(cells) if cell.score is None]
     axes.plot(missing, [0.5] * len(missing), "x", color=_MUTED, markersize=6)
@@ -190,21 +201,19 @@ def _draw_curve(axes: Axes, cells: Sequence[Cell], trained: int | None, stages: 
     axes.set_ylim(-0.03, 1.03)
 
 
-def _label_panel(axes: Axes, name: str, trained: int | None, first: bool, last: bool) -> None:
+def _label_panel(axes: Axes, name: str, trained: int | None, first: bool) -> None:
     title = name if trained is None else f"{trained}. {name}"
-    lines = textwrap.wrap(title, 28, break_on_hyphens=False)
-    axes.set_title(_short("\n".join(lines[:2]), 56), fontsize=9, loc="left", pad=4)
+    axes.set_title(_short(title, 30), fontsize=9, loc="left", pad=4)
     stages = round(axes.get_xlim()[1])
     every = max(1, math.ceil(stages / 8))
     shown = range(0, stages + 1, every)
     axes.set_xticks(shown, ["base", *map(str, shown[1:])])
-    axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+    axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"] if first else ["", "", ""])
     axes.tick_params(labelsize=8, color="#cccccc")
     axes.spines[["top", "right"]].set_visible(False)
     if first:
         axes.set_ylabel("score", fontsize=8)
-    if last:
-        axes.set_xlabel("after stage", fontsize=8)
+    axes.set_xlabel("after stage", fontsize=8, labelpad=1)
 
 
 def _legend(figure: Figure, from_top: float, with_suites: bool) -> None:

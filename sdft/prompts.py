@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -124,4 +124,4 @@ class PromptEncoder:
             **self.chat_template_kwargs,
         )
         assert isinstance(ids, list)
-        return [int(token) for token in ids]
+        return cast(list[int], ids)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class GenerateEngine:
         """Sample one completion per prompt (see `RolloutEngine`)."""
         ids_BT, mask_BT = pad(prompts, pad_id, "left", model.device)
         with _decoding(model, _generation_config(sampling, eos_ids, pad_id)):
-            output_BT = model.generate(inputs=ids_BT, attention_mask=mask_BT.long())
+            output_BT = cast(Any, model).generate(inputs=ids_BT, attention_mask=mask_BT.long())
         return as_rollout(output_BT[:, ids_BT.shape[1] :], eos_ids, sampling.max_new_tokens)
 
 
@@ -118,9 +118,7 @@ def as_rollout(ids_BT: Tensor, eos_ids: Sequence[int], max_new_tokens: int) -> R
     return Rollout(ids_BT, ~ended_before_BT, truncated_B)
 
 
-def _generation_config(
-    sampling: Sampling, eos_ids: Sequence[int], pad_id: int
-) -> GenerationConfig:
+def _generation_config(sampling: Sampling, eos_ids: Sequence[int], pad_id: int) -> GenerationConfig:
     sample = sampling.temperature > 0
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,

@@ -11,7 +11,7 @@ import json
 import re
 import string
 import unicodedata
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol, runtime_checkable
 
 from sdft.examples import Example
@@ -128,10 +128,10 @@ class NumericMatch(Scorer):
 
 
 _NUMBER = re.compile(
-    r"""(?<![\w.])                               # not inside a word, an identifier or a number
+    r"""(?<!\w)(?<!\d\.)                         # not inside a word, an identifier or a number
         (?P<sign>[-+−]?)[$€£]?
-        (?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)
-        (?P<exponent>(?:[eE][-+]?\d{1,3}(?!\d))?)""",
+        (?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)
+        (?P<exponent>(?:[eE][-+]?\d+)?)""",
     re.VERBOSE,
 )
 
@@ -141,7 +141,10 @@ def _last_number(text: str) -> Decimal | None:
     if not found:
         return None
     sign, digits, exponent = found[-1].group("sign", "digits", "exponent")
-    return Decimal(sign.replace("−", "-") + digits.replace(",", "") + exponent)
+    try:
+        return Decimal(sign.replace("−", "-") + digits.replace(",", "") + exponent)
+    except InvalidOperation:  # an exponent beyond all bounds: no number to compare with
+        return None
 
 
 class RegexMatch(Scorer):

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ from sdft.models import DTYPES, WORLD, ModelSource, eos_token_ids
 from sdft.phases import PhaseClock
 from sdft.prompts import DEFAULT_TEACHER_TEMPLATE, PromptEncoder, TeacherTemplate
 from sdft.rollout import GenerateEngine, RolloutEngine, Sampling
+from sdft.run import log_every_n_steps, task_stream
 from sdft.schedule import StageSchedule
 from sdft.seeding import derive_seed, run_seed
 
@@ -156,14 +158,14 @@ class StudentModule(LightningModule):
 
     # ---------------------------------------------------------------- training
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over the student's parameters alone, and its schedule."""
         optimizer = self.optimizer(p for p in self.model.parameters() if p.requires_grad)
         for group in optimizer.param_groups:
             _check_rate(float(group["lr"]))
         scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, StageSchedule):
-            scheduler.plan(self.trainer.datamodule.stage_steps())  # type: ignore[attr-defined]
+            scheduler.plan(task_stream(self.trainer).stage_steps())
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
@@ -176,7 +178,7 @@ class StudentModule(LightningModule):
             derive_seed(run_seed(), self.trainer.current_epoch, batch_idx, self.global_rank)
         )
         stage_begins = batch_idx == 0 and self.trainer.current_epoch > 0
-        if stage_begins and self.trainer.datamodule.reset_optimizer_between_tasks:  # type: ignore[attr-defined]
+        if stage_begins and task_stream(self.trainer).reset_optimizer_between_tasks:
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
 
@@ -189,7 +191,7 @@ class StudentModule(LightningModule):
     @property
     def logs_this_step(self) -> bool:
         """Whether the step under way reaches the logger; costly metrics wait for it."""
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        return (self.trainer.global_step + 1) % log_every_n_steps(self.trainer) == 0
 
     # ---------------------------------------------------------------- evaluation
 
@@ -205,16 +207,14 @@ class StudentModule(LightningModule):
             B responses.
         """
         with self.forward_precision():
-            rollout = self.engine.generate(
-                self.model, prompts, sampling, self.eos_ids, self.pad_id
-            )
+            rollout = self.engine.generate(self.model, prompts, sampling, self.eos_ids, self.pad_id)
         texts = [self.decode(ids) for ids in rollout.completions()]
         facts = zip(texts, rollout.lengths_B.tolist(), rollout.truncated_B.tolist(), strict=True)
         return [Response(*fact) for fact in facts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens and outer white space."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def forward_precision(self) -> AbstractContextManager[Any]:
         """The trainer's precision, for forward passes outside its own steps."""
@@ -231,7 +231,7 @@ class StudentModule(LightningModule):
         self._evaluation_step(batch, dataloader_idx, "test")
 
     def _evaluation_step(self, batch: Batch, dataloader_idx: int, split: str) -> None:
-        task = self.trainer.datamodule.evaluating[dataloader_idx]  # type: ignore[attr-defined]
+        task = task_stream(self.trainer).evaluating[dataloader_idx]
         responses = self.respond(batch.student_ids, self.greedy)
         values = {"length": sum(r.tokens for r in responses) / len(batch)}
         try:
@@ -249,7 +249,7 @@ class StudentModule(LightningModule):
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]]:
         """Greedy responses as records of task, prompt, response and answer."""
-        task = self.trainer.datamodule.evaluating[dataloader_idx]  # type: ignore[attr-defined]
+        task = task_stream(self.trainer).evaluating[dataloader_idx]
         responses = self.respond(batch.student_ids, self.greedy)
         return [
             {
@@ -300,7 +300,8 @@ class StudentModule(LightningModule):
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in fp32 and evaluation mode that never trains."""
-    return copy.deepcopy(model).float().eval().requires_grad_(False)
+    twin: PreTrainedModel = copy.deepcopy(model).float().eval()
+    return twin.requires_grad_(False)
 
 
 def squared_distance(first: PreTrainedModel, second: PreTrainedModel) -> Tensor:

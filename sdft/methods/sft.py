@@ -41,9 +41,7 @@ class SFTModule(StudentModule):
         return [*ids, eos] if eos is not None else list(ids)
 
     @torch.no_grad()
-    def _log_step(
-        self, batch: Batch, target: Rollout, loss: Tensor, logits_BTV: Tensor
-    ) -> None:
+    def _log_step(self, batch: Batch, target: Rollout, loss: Tensor, logits_BTV: Tensor) -> None:
         values = {
             "train/cross_entropy": loss.detach(),
             "train/completion_length": target.lengths_B.float().mean(),

@@ -1,0 +1,42 @@
+"""What a run's trainer knows, typed: its folder, its task stream, its cadence.
+
+Lightning sets some of these attributes dynamically, out of a type checker's sight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import Trainer
+
+from sdft.data import ContinualDataModule
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The logger's version directory, or the root directory of a run without a logger."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def task_stream(trainer: Trainer) -> ContinualDataModule:
+    """The data module.
+
+    Raises:
+        ValueError: The trainer was given none, or another kind.
+    """
+    data = cast(Any, trainer).datamodule
+    if not isinstance(data, ContinualDataModule):
+        raise ValueError(
+            f"pass a ContinualDataModule to the trainer (datamodule=…), found {type(data).__name__}"
+        )
+    return data
+
+
+def log_every_n_steps(trainer: Trainer) -> int:
+    """Optimizer steps between two log entries."""
+    return int(cast(Any, trainer).log_every_n_steps)
+
+
+def is_dry(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which leaves no files."""
+    return bool(cast(Any, trainer).fast_dev_run)

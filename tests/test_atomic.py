@@ -1,0 +1,56 @@
+"""Atomic writes: all or nothing."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from sdft.atomic import atomic_write
+
+
+def test_a_finished_block_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("old")
+    with atomic_write(file) as temporary:
+        temporary.write_text("new")
+        assert file.read_text() == "old"
+        assert temporary.parent == tmp_path  # os.replace is atomic only within a file system
+    assert file.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_failed_block_keeps_the_old_file_and_removes_the_temporary_one(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("old")
+
+    def fail() -> None:
+        with atomic_write(file) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fail()
+    assert file.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_the_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    with atomic_write(tmp_path / "atomic") as temporary:
+        temporary.write_text("")
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "atomic")}
+    assert len(modes) == 1
+
+
+def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "a") as one, atomic_write(tmp_path / "a") as two:
+        assert one != two
+        one.write_text("one")
+        two.write_text("two")
+    assert (tmp_path / "a").read_text() == "one"  # the outer block ends last
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "no" / "a") as temporary:
+        temporary.write_text("x")

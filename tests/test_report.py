@@ -1,0 +1,222 @@
+"""The report: what is written, that it reads back, and that the plots show what they should."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+
+import sdft.report
+from sdft.metrics import Cell
+from sdft.plots import plot_curves, plot_matrix
+from sdft.report import RetentionReport
+
+FILES = ["curves.png", "retention.csv", "retention.json", "retention.png"]
+
+
+def report(tasks: int = 2, suites: int = 1, stages: int = 2, name: str = "task") -> RetentionReport:
+    made = RetentionReport(
+        [f"{name}-{i}" for i in range(tasks)], [f"suite_{i}" for i in range(suites)], 3, "sdft"
+    )
+    for stage in range(stages + 1):
+        right = [min(10, stage + 2 * column) for column in range(tasks + suites)]
+        made.add_row([Cell.from_scores([1] * k + [0] * (10 - k), 4.0, 0.1, 0.0) for k in right])
+    return made
+
+
+def test_the_json_has_exactly_the_documented_keys() -> None:
+    values = report().to_dict()
+    assert set(values) == {"tasks", "suites", "matrix", "metrics", "seed", "method"}
+    assert set(values["metrics"]) == {"acc", "bwt", "fwt", "forgetting", "retention", "undefined"}
+    assert values["metrics"]["retention"] == {"suite_0": pytest.approx(0.2)}
+    assert [[cell["score"] for cell in row] for row in values["matrix"]] == [
+        [0.0, 0.2, 0.4],
+        [0.1, 0.3, 0.5],
+        [0.2, 0.4, 0.6],
+    ]
+    assert all({"score", "n", "ci95"} <= set(cell) for row in values["matrix"] for cell in row)
+    assert (values["seed"], values["method"]) == (3, "sdft")
+
+
+def test_the_metrics_are_those_of_the_matrix() -> None:
+    metrics = report().metrics()
+    assert metrics["acc"] == pytest.approx((0.2 + 0.4) / 2)
+    assert metrics["bwt"] == pytest.approx(0.2 - 0.1)
+    assert metrics["fwt"] == pytest.approx(0.3 - 0.2)
+    assert metrics["forgetting"] == pytest.approx(0.0)
+
+
+def test_what_is_written_reads_back(tmp_path: Path) -> None:
+    made = report()
+    made.rows[2][1] = Cell(None, 10, error="the scorer raised KeyError: 'x'")
+    made.write(tmp_path / "new" / "run")
+    assert sorted(os.listdir(tmp_path / "new" / "run")) == FILES
+    assert RetentionReport.load(tmp_path / "new" / "run") == made
+    text = (tmp_path / "new" / "run" / "retention.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text) == made.to_dict()
+
+
+def test_a_report_can_be_written_before_any_row(tmp_path: Path) -> None:
+    made = RetentionReport(["a"], ["p"], None, "sft")
+    made.write(tmp_path)
+    assert RetentionReport.load(tmp_path) == made
+    assert made.matrix.shape == (0, 2)
+
+
+def test_the_csv_has_a_line_per_cell(tmp_path: Path) -> None:
+    made = report()
+    made.rows[1][0] = Cell(None, 0, error="no test examples")
+    made.write(tmp_path)
+    with open(tmp_path / "retention.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["stage"], line["row"], line["column"], line["kind"]) for line in lines[2:5]] == [
+        ("0", "base", "suite_0", "suite"),
+        ("1", "task-0", "task-0", "task"),
+        ("1", "task-0", "task-1", "task"),
+    ]
+    assert len(lines) == 9
+    assert lines[3]["score"] == lines[3]["low"] == lines[3]["artifact"] == ""
+    low, high = made.rows[2][1].ci95 or (None, None)
+    assert lines[7] == {
+        "stage": "2",
+        "row": "task-1",
+        "column": "task-1",
+        "kind": "task",
+        "score": "0.4",
+        "low": str(low),
+        "high": str(high),
+        "n": "10",
+        "mean_length": "4.0",
+        "truncated": "0.1",
+        "artifact": "0.0",
+    }
+
+
+def test_a_failing_plot_keeps_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report(stages=1).write(tmp_path)
+    old = (tmp_path / "retention.png").read_bytes()
+
+    def fail(figure: Figure, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(sdft.report, "save_figure", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report(stages=2).write(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == FILES
+    assert (tmp_path / "retention.png").read_bytes() == old
+    assert RetentionReport.load(tmp_path) == report(stages=2)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"tasks": []}', '{"a": "\xff"}'])
+def test_a_damaged_report_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "retention.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"retention\.json is not a retention report"):
+        RetentionReport.load(tmp_path)
+
+
+def test_bad_rows_are_rejected() -> None:
+    made = report()
+    with pytest.raises(ValueError, match="a row needs 3 cells, found 1"):
+        made.add_row([Cell(None, 0)])
+    with pytest.raises(ValueError, match="all 2 stages already have their row"):
+        made.add_row([Cell(None, 0)] * 3)
+
+
+def test_the_matrix_is_nan_where_undefined() -> None:
+    made = report()
+    made.rows[0][2] = Cell(None, 0)
+    assert torch.isnan(made.matrix).nonzero().tolist() == [[0, 2]]
+    assert made.matrix.dtype == torch.float64
+
+
+def test_the_summary_says_scores_metrics_and_why_some_are_undefined() -> None:
+    made = report(stages=1)
+    made.rows[1][1] = Cell(None, 0, error="x")
+    lines = made.summary_table().splitlines()
+    assert [line.split() for line in lines[:4]] == [
+        ["base", "1", "95", "%", "n"],
+        ["1.", "task-0", "0.00", "0.10", "0.02–0.40", "10"],
+        ["2.", "task-1", "0.20", "n/a", "0"],
+        ["suite", "suite_0", "0.40", "0.50", "0.24–0.76", "10"],
+    ]
+    assert lines[4] == "ACC 0.10   BWT n/a   FWT n/a   forgetting n/a"
+    assert lines[5] == "bwt undefined: needs 2 finished stages, found 1"
+    assert len({len(line) for line in lines[:4]}) == 1
+
+
+Plot = Callable[[Sequence[Sequence[Cell]], Sequence[str], Sequence[str], str], Figure]
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_the_heat_map_shows_every_score_and_marks_the_undefined() -> None:
+    made = report()
+    made.rows[2][2] = Cell(None, 0)
+    figure = plot_matrix(made.rows, made.tasks, made.suites, "caption")
+    found = texts(figure)
+    assert sorted(t for t in found if t in {f"{k / 10:.2f}" for k in range(11)}) == sorted(
+        f"{cell.score:.2f}" for row in made.rows for cell in row if cell.score is not None
+    )
+    assert found.count("n/a") == 1
+    hatched = [box for box in figure.findobj(Rectangle) if box.get_hatch()]
+    assert [(int(box.get_x()), int(box.get_y())) for box in hatched] == [(2, 2)]
+    framed = [b for b in figure.findobj(Rectangle) if not b.get_fill() and b.get_linewidth() == 2]
+    assert [(int(box.get_x()), int(box.get_y())) for box in framed] == [(0, 1), (1, 2)]
+    assert {"tasks", "prior suites", "base", "1. task-0", "2. task-1", "caption"} <= set(found)
+
+
+def test_the_suites_stand_apart_in_the_heat_map() -> None:
+    made = report()
+    figure = plot_matrix(made.rows, made.tasks, made.suites, "")
+    first, second, suite = figure.axes[0].get_xticks()
+    assert suite - second > second - first
+
+
+def test_a_curve_shades_the_stage_that_trains_its_task() -> None:
+    made = report()
+    figure = plot_curves(made.rows, made.tasks, made.suites, "")
+    spans = [
+        [(p.get_x(), p.get_width()) for p in axes.patches if isinstance(p, Rectangle)]
+        for axes in figure.axes
+    ]
+    assert spans == [[(0, 1)], [(1, 1)], []]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "1. task-0",
+        "2. task-1",
+        "suite_0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "suites", "stages"), [(1, 0, 0), (1, 0, 1), (2, 3, 1), (12, 0, 12), (4, 8, 4)]
+)
+@pytest.mark.parametrize("name", ["t", "a_task_name_of_more_than_forty_characters_"])
+@pytest.mark.parametrize("plot", [plot_matrix, plot_curves])
+def test_no_two_labels_overlap(tasks: int, suites: int, stages: int, name: str, plot: Plot) -> None:
+    made = report(tasks, suites, stages, name)
+    figure = plot(made.rows, made.tasks, made.suites, "sdft, seed 3\nACC n/a")
+    FigureCanvasAgg(figure).draw()
+    boxes = [(t, t.get_window_extent().extents) for t in figure.findobj(Text) if shown(t)]
+    right, top = figure.bbox.max
+    for i, (text, (x0, y0, x1, y1)) in enumerate(boxes):
+        assert 0 <= x0 < x1 <= right, text
+        assert 0 <= y0 < y1 <= top, text
+        for other, (u0, v0, u1, v1) in boxes[:i]:
+            # The boxes of slanted labels overlap where the labels do not.
+            slanted = text.get_rotation() % 90 and other.get_rotation() % 90
+            assert slanted or x1 <= u0 or u1 <= x0 or y1 <= v0 or v1 <= y0, (text, other)
+
+
+def shown(text: Text) -> bool:
+    return bool(text.get_text()) and text.get_visible()
