@@ -7,14 +7,18 @@ the core and the callbacks.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 
 import sdft.methods  # noqa: F401 - registers the methods' class names
 from sdft.callbacks import (
@@ -39,10 +43,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     "reload_dataloaders_every_n_epochs": 1,
-    "logger": {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": None, "name": "lightning_logs", "default_hp_metric": False},
-    },
 }
 
 
@@ -64,17 +64,22 @@ class SDFTCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Let the logger follow `trainer.default_root_dir`; resolve `ckpt_path`."""
+        """Check the output folder, resolve `ckpt_path`, load checkpoints without pickle."""
         config = self.config[self.subcommand]
-        root = config["trainer"]["default_root_dir"] or os.getcwd()
-        logger = config["trainer"]["logger"]
-        if logger and not isinstance(logger, bool | list):
-            arguments = logger.get("init_args", {})
-            if "save_dir" in arguments and arguments["save_dir"] is None:
-                arguments["save_dir"] = root
-        check_writable(Path(root))
+        root = Path(config["trainer"]["default_root_dir"] or os.getcwd())
+        check_writable(root)
         if config.get("ckpt_path"):
-            config["ckpt_path"] = str(find_checkpoint(config["ckpt_path"], Path(root)))
+            config["ckpt_path"] = str(find_checkpoint(config["ckpt_path"], root))
+        if config.get("weights_only") is None:
+            config["weights_only"] = True
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """TensorBoard in `trainer.default_root_dir`, unless a logger is configured."""
+        config = self._get(self.config_init, "trainer")
+        if config["logger"] in (None, True):
+            root = config["default_root_dir"] or os.getcwd()
+            kwargs["logger"] = TensorBoardLogger(root, default_hp_metric=False)
+        return super().instantiate_trainer(**kwargs)
 
 
 def check_writable(root: Path) -> None:
@@ -124,8 +129,7 @@ def main(args: list[str] | None = None) -> int:
     Args:
         args: Command-line arguments; those of the process when None.
     """
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")
+    _quiet()
     try:
         SDFTCLI(
             StudentModule,
@@ -148,6 +152,16 @@ def main(args: list[str] | None = None) -> int:
         print(f"sdft: error: {error}\n(set {TRACEBACK}=1 for the traceback)", file=sys.stderr)
         return 2
     return 0
+
+
+def _quiet() -> None:
+    """Silence what is no news here: the teacher is in eval mode on purpose, and advertisements."""
+    for noise in ("does not have many workers", "in eval mode at the start", "isinstance.treespec"):
+        warnings.filterwarnings("ignore", message=f".*{noise}")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip: For seamless" not in record.getMessage()
+    )
+    transformers.utils.logging.disable_progress_bar()
 
 
 __all__ = ["SDFTCLI", "SDFTModule", "main"]

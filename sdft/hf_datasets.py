@@ -28,6 +28,11 @@ class DatasetSource:
     subset: str | None = None
     data_files: DataFiles | None = None
 
+    def __str__(self) -> str:
+        subset = f" (subset {self.subset!r})" if self.subset else ""
+        files = f" (data files {self.data_files!r})" if self.data_files else ""
+        return f"dataset {self.path!r}{subset}{files}"
+
     def __contains__(self, split: str) -> bool:
         return split in self._splits
 
@@ -40,12 +45,10 @@ class DatasetSource:
             split: A split of the dataset, or a slice of one (`train[:90%]`).
 
         Raises:
-            ValueError: The dataset cannot be loaded, or has no such split, or no rows in it.
+            ValueError: The dataset cannot be loaded, or has no such split.
         """
         table = self._splits[split] if split in self else self._slice(split)
-        place = f"dataset {self.path!r}, split {split!r}"
-        if not len(table):
-            raise ValueError(f"{place}: the split is empty")
+        place = f"{self}, split {split!r}"
         for index, row in enumerate(table):
             yield (
                 f"{place}, row {index}",
@@ -54,31 +57,30 @@ class DatasetSource:
 
     @cached_property
     def _splits(self) -> Mapping[str, Any]:
-        import datasets  # takes a second to import: only when a dataset is read
-
-        if not _is_saved(self.path):
-            splits: Mapping[str, Any] = self._load(split=None)
-            return splits
-        saved = datasets.load_from_disk(self.path)
-        return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        loaded = self._load()
+        # A single table saved by itself has no named splits.
+        return loaded if isinstance(loaded, Mapping) else {"train": loaded}
 
     def _slice(self, split: str) -> Any:
         if "[" not in split or _is_saved(self.path):
             raise ValueError(
-                f"dataset {self.path!r} has no split {split!r}; it has: "
+                f"{self} has no split {split!r}; it has: "
                 + ", ".join(repr(name) for name in self._splits)
             )
-        return self._load(split=split)
+        return self._load(split)
 
-    def _load(self, split: str | None) -> Any:
-        import datasets
+    def _load(self, split: str | None = None) -> Any:
+        import datasets  # takes a second to import: only when a dataset is read
 
         try:
+            if _is_saved(self.path):
+                return datasets.load_from_disk(self.path)
             return datasets.load_dataset(
                 self.path, self.subset, data_files=self.data_files, split=split
             )
-        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise ValueError(f"cannot load the dataset {self.path!r}: {error}") from error
+        # An IndexError is how `datasets` meets a saved table without rows.
+        except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"cannot load {self}: {error}") from error
 
 
 def _is_saved(path: str) -> bool:

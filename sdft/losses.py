@@ -112,9 +112,10 @@ def _log_probs(logits_BTV: Tensor) -> Tensor:
 
 def _kl(p_BTV: Tensor, q_BTV: Tensor) -> Tensor:
     """KL(p ‖ q) of log-probabilities; a token with p = 0 contributes 0, one with only q = 0 inf."""
-    impossible = p_BTV == -math.inf
+    probs_BTV = p_BTV.exp()
+    impossible = probs_BTV == 0  # also where exp underflows: 0 · inf would be NaN
     difference = p_BTV.masked_fill(impossible, 0.0) - q_BTV.masked_fill(impossible, 0.0)
-    return (p_BTV.exp() * difference).sum(-1)
+    return (probs_BTV * difference).sum(-1)
 
 
 def _expectation(p_BTV: Tensor, value_BTV: Tensor) -> Tensor:

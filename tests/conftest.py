@@ -15,10 +15,22 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+import sdft.report
 from sdft import ContinualDataModule, Example, PythonTask, SDFTModule, StudentModule
 from sdft.callbacks import EMATeacher, Retention, Samples, StageCheckpoint
+
+torch.set_num_threads(1)
 
 LETTERS = "abcdefgh"
 WORDS = ["<pad>", "</s>", "<unk>", "user", "assistant", "system", ":", "shown", "now", *LETTERS]
@@ -56,8 +68,49 @@ def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def save_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    make_model(seed, **changes).save_pretrained(folder)
+def make_gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
+    """Learned absolute positions, and dropout (0.1) while it trains."""
+    torch.manual_seed(seed)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), **shape | ids | changes)).eval()
+
+
+def make_qwen2(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
+    """Grouped key-value heads, biases, tied embeddings."""
+    torch.manual_seed(seed)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    }
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    config = Qwen2Config(vocab_size=len(WORDS), **shape | ids | changes)
+    return Qwen2ForCausalLM(config).eval()
+
+
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": make_model,
+    "gpt2": make_gpt2,
+    "qwen2": make_qwen2,
+}
+
+
+def sharpen(model: PreTrainedModel, factor: float = 8.0) -> PreTrainedModel:
+    """Scale every matrix: a fresh model's logits are so flat that few mistakes would show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(factor)
+    return model
+
+
+def save_model(folder: Path, seed: int = 0, family: str = "llama", **changes: Any) -> Path:
+    FAMILIES[family](seed, **changes).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
@@ -65,6 +118,19 @@ def save_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("tiny-gpt2"), family="gpt2")
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty plots: drawing takes longer than a tiny run."""
+    monkeypatch.setattr(sdft.report, "save_figure", lambda figure, path: Path(path).touch())
+    for name in ("plot_matrix", "plot_curves"):
+        monkeypatch.setattr(sdft.report, name, lambda *args: None)
 
 
 def echo_examples(count: int, offset: int = 0) -> list[Example]:

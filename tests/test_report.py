@@ -198,15 +198,19 @@ def test_a_curve_shades_the_stage_that_trains_its_task() -> None:
     ]
 
 
+LONG = "a_task_name_of_more_than_forty_characters_"
+
+
 @pytest.mark.parametrize(
-    ("tasks", "suites", "stages"), [(1, 0, 0), (1, 0, 1), (2, 3, 1), (12, 0, 12), (4, 8, 4)]
+    ("tasks", "suites", "stages", "name"),
+    [(1, 0, 0, "t"), (1, 0, 0, LONG), (2, 3, 1, "t"), (2, 3, 1, LONG), (8, 4, 8, LONG)],
 )
-@pytest.mark.parametrize("name", ["t", "a_task_name_of_more_than_forty_characters_"])
 @pytest.mark.parametrize("plot", [plot_matrix, plot_curves])
 def test_no_two_labels_overlap(tasks: int, suites: int, stages: int, name: str, plot: Plot) -> None:
     made = report(tasks, suites, stages, name)
     figure = plot(made.rows, made.tasks, made.suites, "sdft, seed 3\nACC n/a")
-    FigureCanvasAgg(figure).draw()
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
     boxes = [(t, t.get_window_extent().extents) for t in figure.findobj(Text) if shown(t)]
     right, top = figure.bbox.max
     for i, (text, (x0, y0, x1, y1)) in enumerate(boxes):

@@ -118,13 +118,13 @@ def rate(step: int, args: argparse.Namespace) -> float:
     """Learning rate: warm-up, plateau, then linear to zero over the last `decay` share."""
     warm = min(1.0, (step + 1) / args.warmup)
     left = (args.steps - step) / (args.steps * args.decay)
-    return args.lr * min(warm, left, 1.0)
+    return float(args.lr * min(warm, left, 1.0))
 
 
 def loss_of(model: Model, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the learned tokens, averaged over them."""
     hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state[:, :-1]
-    logits = model.lm_head(hidden).flatten(0, 1)
+    logits: torch.Tensor = model.lm_head(hidden).flatten(0, 1)
     return functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
@@ -134,7 +134,7 @@ def backward(model: Model, rng: random.Random, size: int, vocabulary: dict[str, 
     for shown, share in ((False, 1 - SHOWN_SHARE), (True, SHOWN_SHARE)):
         lines = [draw_line(rng, shown) for _ in range(round(size * share))]
         loss = share * loss_of(model, *collate(lines, system, vocabulary))
-        loss.backward()
+        torch.autograd.backward(loss)
         total += loss.item()
     return total
 
