@@ -39,6 +39,7 @@ TRACEBACK = "SDFT_TRACEBACK"
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,  # the data module sets it to the number of stages
+    "devices": 1,
     "num_sanity_val_steps": 0,  # the base row of the retention matrix takes its place
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,

@@ -193,6 +193,11 @@ class ContinualDataModule(LightningDataModule):
         if stage != "fit":
             return
         assert self.trainer is not None
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"the task stream runs in one process, found {self.trainer.world_size}: set "
+                "trainer.devices to 1"
+            )
         for task in self.tasks:
             if not self.encoded(task, "train"):
                 raise ValueError(f"task {task.name!r} has no training examples")

@@ -126,7 +126,9 @@ def test_a_seed_gives_the_same_files_and_another_seed_others(
 ) -> None:
     for out, seed in (("one", 0), ("same", 0), ("other", 1)):
         snips.prepare(snips_source, tmp_path / out, splits.Sizes(2, 2, 2), seed)
-    one, same, other = (tmp_path / out / "media" / "train.jsonl" for out in ("one", "same", "other"))
+    one, same, other = (
+        tmp_path / out / "media" / "train.jsonl" for out in ("one", "same", "other")
+    )
     assert one.read_bytes() == same.read_bytes() != other.read_bytes()
 
 
@@ -163,14 +165,18 @@ def passages() -> list[dict[str, Any]]:
         {"title": "t", "context": f"There were 12 in {i}.", "questions": [short]} for i in range(4)
     ] + [
         {"title": "t", "context": "word " * 99, "questions": [short]},
-        {"title": "t", "context": "Ann met Bo.", "questions": [{"question": "Who?", "answer": "Bo"}]},
+        {
+            "title": "t",
+            "context": "Ann met Bo.",
+            "questions": [{"question": "Who?", "answer": "Bo"}],
+        },
         {"title": "t", "context": "3 of 4.", "questions": [{"question": "?", "answer": "3 of 4"}]},
     ]
 
 
 def test_squad_keeps_short_passages_with_one_number_to_find(tmp_path: Path) -> None:
     source = write(tmp_path / "passages.jsonl", passages())
-    squad.prepare(source, tmp_path / "out", words=90, seed=0)
+    squad.prepare(source.parent, tmp_path / "out", words=90, seed=0)
     lines = read(tmp_path / "out" / "test.jsonl")
     assert len(lines) == 4
     for line in lines:
@@ -182,7 +188,7 @@ def test_squad_keeps_short_passages_with_one_number_to_find(tmp_path: Path) -> N
 def test_squad_says_when_nothing_fits(tmp_path: Path) -> None:
     source = write(tmp_path / "passages.jsonl", passages())
     with pytest.raises(ValueError, match=r"passages\.jsonl: .*at most 2 words"):
-        squad.prepare(source, tmp_path / "out", words=2, seed=0)
+        squad.prepare(source.parent, tmp_path / "out", words=2, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ PROMPT = (
 
 
 def topic(label: str) -> str:
-    """A label as words: `card_arrival` is "card arrival"."""
-    return " ".join(label.split("_"))
+    """A label as words: `Lost_card` is "lost card"."""
+    return label.replace("_", " ").strip("?").lower()
 
 
 def record(row: Row, labels: Sequence[str], choices: int, rng: random.Random) -> dict[str, Any]:
