@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sdft.examples import Example
-from sdft.metrics import Cell, score_interval
+from sdft.metrics import Cell
 from sdft.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -93,8 +93,8 @@ def summarise(
         artifact=sum(artifacts(response.text) for response in responses) / n,
     )
     try:
-        scores = score_responses(task, examples, responses)
+        scored = Cell.from_scores(score_responses(task, examples, responses))
     except ValueError as error:
         log.warning("%s", error)
         return replace(unscored, error=str(error))
-    return replace(unscored, score=sum(scores) / n, ci95=score_interval(scores))
+    return replace(unscored, score=scored.score, ci95=scored.ci95)

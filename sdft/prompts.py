@@ -27,7 +27,10 @@ PLAIN_CHAT_TEMPLATE = (
 """For tokenizers that bring no chat template."""
 
 _PLACEHOLDER = re.compile(r"\{(prompt|demonstration|context)\}")
-_CONTEXT_LINE = re.compile(r"^[ \t]*\{context\}[ \t]*\n(?:[ \t]*\n)?", re.MULTILINE)
+# With the blank line after it; at the end of the template with those before it.
+_CONTEXT_LINE = re.compile(
+    r"^[ \t]*\{context\}[ \t]*\n(?:[ \t]*\n)?|\s*^[ \t]*\{context\}[ \t]*\Z", re.MULTILINE
+)
 
 
 class Encoder(Protocol):

@@ -136,11 +136,13 @@ def _generation_config(sampling: Sampling, eos_ids: Sequence[int], pad_id: int) 
 def _decoding(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Evaluation mode with only our generation settings; everything is restored afterwards."""
     # `generate` fills what a given config leaves open from the model's own one, hence the swap.
-    training, own_config = model.training, model.generation_config
+    own_config = model.generation_config
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     model.generation_config = config
     try:
         yield
     finally:
         model.generation_config = own_config
-        model.train(training)
+        for module, training in modes:
+            module.training = training

@@ -10,6 +10,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -31,9 +32,17 @@ from sdft import ContinualDataModule, Example, PythonTask, SDFTModule, StudentMo
 from sdft.callbacks import EMATeacher, Retention, Samples, StageCheckpoint
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("here", database=None, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("here")
 
 LETTERS = "abcdefgh"
 WORDS = ["<pad>", "</s>", "<unk>", "user", "assistant", "system", ":", "shown", "now", *LETTERS]
+IDS: dict[str, Any] = {
+    "vocab_size": len(WORDS),
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant :{% endif %}"
@@ -62,18 +71,14 @@ def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         "num_attention_heads": 2,
         "max_position_embeddings": 128,
     }
-    config = LlamaConfig(
-        vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1, bos_token_id=None, **shape | changes
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**IDS | shape | changes)).eval()
 
 
 def make_gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
     """Learned absolute positions, and dropout (0.1) while it trains."""
     torch.manual_seed(seed)
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), **shape | ids | changes)).eval()
+    return GPT2LMHeadModel(GPT2Config(**IDS | shape | changes)).eval()
 
 
 def make_qwen2(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
@@ -88,9 +93,7 @@ def make_qwen2(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
         "max_position_embeddings": 128,
         "tie_word_embeddings": True,
     }
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    config = Qwen2Config(vocab_size=len(WORDS), **shape | ids | changes)
-    return Qwen2ForCausalLM(config).eval()
+    return Qwen2ForCausalLM(Qwen2Config(**IDS | shape | changes)).eval()
 
 
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {

@@ -111,7 +111,7 @@ LOGITS = st.lists(
 ).filter(lambda values: max(values) > -INF)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(student=LOGITS, teacher=LOGITS, alpha=st.floats(0, 1, allow_nan=False))
 def test_never_negative_never_nan_and_never_nan_in_the_gradient(
     student: list[float], teacher: list[float], alpha: float

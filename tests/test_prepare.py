@@ -144,7 +144,7 @@ def test_banking_prompts_offer_the_answer_among_distinct_topics(
     banking.prepare(banking_source, tmp_path / "out", splits.Sizes(None, 2, None), 4, seed=0)
     prompts: list[str] = []
     for split in SPLITS:
-        for line in read(tmp_path / "out" / f"{split}.jsonl"):
+        for line in read(tmp_path / "out" / "choice" / f"{split}.jsonl"):
             offered = line["prompt"].split("Topics: ")[1].split("\n")[0].split("; ")
             assert len(offered) == len(set(offered)) == 4
             assert line["answer"] in offered
@@ -152,6 +152,16 @@ def test_banking_prompts_offer_the_answer_among_distinct_topics(
             assert ExactMatch()(line["answer"].title(), Example(as_messages("x"), line["answer"]))
             prompts.append(splits.normalised(line["prompt"].split("\n")[0]))
     assert len(prompts) == len(set(prompts)) == 30 - 1 + 16
+
+
+def test_banking_repeats_test_messages_only(banking_source: Path, tmp_path: Path) -> None:
+    long = {"text": "b " * 21, "label": "top_up"}
+    file = banking_source / "test.jsonl"
+    write(file, [*read(file), long])
+    banking.prepare(banking_source, tmp_path / "out", splits.Sizes(None, 2, None), 4, seed=0)
+    lines = read(tmp_path / "out" / "repeat" / "test.jsonl")
+    assert len(lines) == 16
+    assert all(line["prompt"].endswith(f": {line['answer']}") for line in lines)
 
 
 def test_banking_refuses_more_choices_than_topics(banking_source: Path, tmp_path: Path) -> None:

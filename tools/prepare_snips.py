@@ -2,7 +2,7 @@
 
 Turns spoken requests into tasks: a request is answered by one function call, written as JSON.
 
-    --source      folder with train.jsonl and test.jsonl, one {"request", "intent", "slots"} per line
+    --source      folder with train.jsonl and test.jsonl, one {"request", "intent", "slots"} a line
                   (the 2017-06 custom intent engines of sonos/nlu-benchmark, CC0 1.0)
     --out         gets everyday/ and media/, each with train.jsonl, validation.jsonl, test.jsonl,
                   one {"prompt", "demonstration", "answer"} per line
@@ -67,11 +67,12 @@ def prepare(source: Path, out: Path, sizes: Sizes, seed: int) -> None:
         ValueError: A source file that is missing or has a bad line; names it.
     """
     train, test = (read_rows(source / f"{s}.jsonl", "request", "intent") for s in ("train", "test"))
+    records = {row.place: record(row) for row in (*train, *test)}  # before anything is written
     for split, rows in disjoint_splits(train, test, sizes, seed).items():
         for task, functions in TASKS.items():
             file = out / task / f"{split}.jsonl"
-            count = write_jsonl(file, [record(row) for row in rows if row.label in functions])
-            print(f"{file}: {count} requests")
+            lines = [records[row.place] for row in rows if row.label in functions]
+            print(f"{file}: {write_jsonl(file, lines)} requests")
 
 
 def write(options: argparse.Namespace) -> None:

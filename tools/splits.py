@@ -102,8 +102,8 @@ def disjoint_splits(
     for label, rows in _by_label(trained, rng).items():
         if len(rows) <= sizes.validation:
             raise ValueError(
-                f"{Path(rows[0].place).parent}: {label!r} has {len(rows)} training rows: too few to "
-                f"take {sizes.validation} of them for validation and leave some (--validation)"
+                f"{Path(rows[0].place).parent}: {label!r} has {len(rows)} training rows: too few "
+                f"to take {sizes.validation} of them for validation and leave some (--validation)"
             )
         held, rest = rows[: sizes.validation], rows[sizes.validation :]
         splits["validation"] += held
