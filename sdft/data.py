@@ -61,6 +61,9 @@ class ContinualDataModule(LightningDataModule):
         max_teacher_tokens: Longest teacher prompt (with the demonstration).
         reset_optimizer_between_tasks: Forget the optimizer's moments when a stage begins.
 
+    Attributes:
+        evaluating: The task of each dataloader of the evaluation under way.
+
     Raises:
         ValueError: No task, two of one name, or a number out of range.
     """
@@ -89,6 +92,7 @@ class ContinualDataModule(LightningDataModule):
         self.max_student_tokens = max_student_tokens
         self.max_teacher_tokens = max_teacher_tokens
         self.reset_optimizer_between_tasks = reset_optimizer_between_tasks
+        self.evaluating: list[Task] = []
         self._encoded: dict[tuple[str, Split], list[Encoded]] = {}
         self._check()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -65,7 +66,7 @@ class ModelSource:
         Raises:
             ValueError: Nothing loadable there; names the place and the reason.
         """
-        options = {**self.options, "dtype": dtype}
+        options = {**self.options, **_unpacked(self.options), "dtype": dtype}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         try:
@@ -93,6 +94,14 @@ class ModelSource:
                 "tokenizer files (tokenizer.json, tokenizer_config.json)"
             ) from error
         return _complete(tokenizer, self.name)
+
+
+def _unpacked(options: dict[str, Any]) -> dict[str, Any]:
+    """Have GGUF weights made dense: packed ones neither train nor count as an ordinary model."""
+    config = getattr(transformers, "GgufConfig", None)  # older transformers always unpacks
+    if "gguf_file" not in options or config is None:
+        return {}
+    return {"quantization_config": config(dequantize=True)}
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

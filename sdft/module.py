@@ -65,6 +65,7 @@ class SDFTModule(StudentModule):
         self.skip_first_tokens = skip_first_tokens
         self.rollouts_per_prompt = rollouts_per_prompt
         self.teacher: PreTrainedModel | None = None
+        self._restored_teacher: dict[str, Tensor] = {}
 
     def prepare_copies(self, student: PreTrainedModel) -> None:
         """Copy the base, and the teacher: fp32, frozen, a submodule that checkpoints carry."""
@@ -73,7 +74,7 @@ class SDFTModule(StudentModule):
             self.teacher = frozen_copy(student)
 
     def on_fit_start(self) -> None:
-        """Make sure that something moves the teacher.
+        """Make sure that something moves the teacher; give a restored one its fp32 values back.
 
         Raises:
             ValueError: No callback of the trainer does.
@@ -83,6 +84,10 @@ class SDFTModule(StudentModule):
                 "no callback moves the teacher: add sdft.callbacks.EMATeacher() to the trainer's "
                 "callbacks (kind 'frozen' keeps it still)"
             )
+        # Between loading and here, the precision `bf16-true` has rounded the whole module.
+        if self.teacher is not None and self._restored_teacher:
+            self.teacher.float().load_state_dict(self._restored_teacher)
+            self._restored_teacher = {}
 
     # ---------------------------------------------------------------- one step
 
@@ -134,8 +139,8 @@ class SDFTModule(StudentModule):
             A scalar.
         """
         per_token_BT = token_divergence(
-            student_logits_BTV / self.sampling.temperature,
-            teacher_logits_BTV / self.sampling.temperature,
+            student_logits_BTV.float() / self.sampling.temperature,
+            teacher_logits_BTV.float() / self.sampling.temperature,
             self.alpha,
         )
         return sequence_mean(per_token_BT, mask_BT)
@@ -172,9 +177,11 @@ class SDFTModule(StudentModule):
     # ---------------------------------------------------------------- checkpoints
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the teacher out where it is not needed (validate, test, predict)."""
+        """Remember the teacher as it was saved."""
         super().on_load_checkpoint(checkpoint)
-        if self.teacher is None:
-            state = checkpoint["state_dict"]
-            for key in [key for key in state if key.startswith("teacher.")]:
-                del state[key]
+        weights = checkpoint["state_dict"].items()
+        self._restored_teacher = {
+            key.removeprefix("teacher."): value
+            for key, value in weights
+            if key.startswith("teacher.")
+        }

@@ -104,7 +104,7 @@ class GenerateEngine:
     ) -> Rollout:
         """Sample one completion per prompt (see `RolloutEngine`)."""
         ids_BT, mask_BT = pad(prompts, pad_id, "left", model.device)
-        with _decoding(model, _generation_config(sampling, eos_ids, pad_id)):
+        with evaluation_mode(model), _only(model, _generation_config(sampling, eos_ids, pad_id)):
             output_BT = cast(Any, model).generate(inputs=ids_BT, attention_mask=mask_BT.long())
         return as_rollout(output_BT[:, ids_BT.shape[1] :], eos_ids, sampling.max_new_tokens)
 
@@ -133,16 +133,23 @@ def _generation_config(sampling: Sampling, eos_ids: Sequence[int], pad_id: int) 
 
 
 @contextmanager
-def _decoding(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode with only our generation settings; everything is restored afterwards."""
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and the mode from before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Only these generation settings; the model's own are restored afterwards."""
     # `generate` fills what a given config leaves open from the model's own one, hence the swap.
     own_config = model.generation_config
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     model.generation_config = config
     try:
         yield
     finally:
         model.generation_config = own_config
-        for module, training in modes:
-            module.training = training

@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.batch import Batch
+from sdft.decode import DecodeEngine
 from sdft.evaluation import Response, score_responses
 from sdft.models import DTYPES, WORLD, ModelSource, eos_token_ids
 from sdft.phases import PhaseClock
 from sdft.prompts import DEFAULT_TEACHER_TEMPLATE, PromptEncoder, TeacherTemplate
-from sdft.rollout import GenerateEngine, RolloutEngine, Sampling
+from sdft.rollout import RolloutEngine, Sampling
 from sdft.run import log_every_n_steps, task_stream
 from sdft.schedule import StageSchedule
 from sdft.seeding import derive_seed, run_seed
@@ -50,7 +51,7 @@ class StudentModule(LightningModule):
         chat_template_kwargs: Passed to the chat template of both prompts.
         optimizer: Makes the optimizer of the student's parameters.
         scheduler: Makes the learning-rate schedule, stepped after every optimizer step.
-        engine: Makes rollouts; `model.generate` when unset.
+        engine: Makes rollouts; `DecodeEngine` when unset, `GenerateEngine` is the reference.
         track_base: Keep a copy of the base model to log KL(base ‖ student) and how far the weights
             moved; costs one more model in memory.
 
@@ -88,7 +89,7 @@ class StudentModule(LightningModule):
         self.chat_template_kwargs = chat_template_kwargs
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.engine: RolloutEngine = engine or GenerateEngine()
+        self.engine: RolloutEngine = engine or DecodeEngine()
         self.track_base = track_base
         self.phases = PhaseClock()
         self.source = ModelSource(model_name, trust_remote_code, revision)
@@ -280,10 +281,11 @@ class StudentModule(LightningModule):
         checkpoint["sdft"] = {**self.identity, "method": self.method, "model": self.model_name}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model.
+        """Refuse a checkpoint of another model or method; leave out a teacher that nobody needs.
 
         Raises:
-            ValueError: Not a checkpoint of this project, or of another architecture or size.
+            ValueError: Not a checkpoint of this project, of another architecture or size, or, when
+                training goes on, of another method.
         """
         found = checkpoint.get("sdft")
         if found is None:
@@ -296,6 +298,15 @@ class StudentModule(LightningModule):
                     f"run's is {self.model_name!r} ({self.identity['architecture']}, "
                     f"{self.identity['parameters']} parameters)"
                 )
+        if self._fitting and found["method"] != self.method:
+            raise ValueError(
+                f"the checkpoint belongs to the method {found['method']!r}, this run's is "
+                f"{self.method!r}: resume with the configuration that made it"
+            )
+        if getattr(self, "teacher", None) is None:  # validate, test, predict
+            weights = checkpoint["state_dict"]
+            for key in [key for key in weights if key.startswith("teacher.")]:
+                del weights[key]
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

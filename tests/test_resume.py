@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +13,29 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_data, make_module, save_model
-from lightning.pytorch import Trainer
+from conftest import make_data, make_module, make_task, save_model
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sdft import ContinualDataModule, StudentModule
+from sdft import ContinualDataModule, Example, StudentModule
 from sdft.callbacks import EMATeacher, Retention
 from sdft.methods import SFTModule
+from sdft.scorers import Scorer
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 Fit = Callable[..., tuple[Trainer, StudentModule]]
 
-# Stages of 3 steps, 4 rows per batch of 6: every pass ends in a smaller batch.
+
+class Overlap(Scorer):
+    """The share of the response that stands in the answer: a score that moves with every token."""
+
+    def __call__(self, response: str, example: Example) -> float:
+        words = response.split()
+        return sum(word in example.answer.split() for word in words) / max(len(words), 1)
+
+
+# Stages of 3 steps, batches of 4 from 6 rows: every pass ends in a smaller batch.
 CASES: dict[str, dict[str, Any]] = {
     "sdft": {},
     "accumulation": {"accumulate_grad_batches": 2},
@@ -56,6 +65,12 @@ def build_module(folder: Path, method: str) -> StudentModule:
     )
 
 
+def stream(**options: Any) -> ContinualDataModule:
+    tasks = [make_task(name, scorer=Overlap()) for name in ("first", "second", "prior")]
+    settings = {"batch_size": 4, "steps": 3} | options
+    return ContinualDataModule(tasks[:2], suites=tasks[2:], **settings)
+
+
 class Runs:
     """One configuration, run whole or from a checkpoint, every step of it on disk."""
 
@@ -72,12 +87,16 @@ class Runs:
 
     def __call__(self, root: str, ckpt_path: Path | None = None) -> tuple[Trainer, StudentModule]:
         every_step = ModelCheckpoint(
-            self.steps, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False
+            self.steps,
+            "{step}",
+            save_top_k=-1,
+            every_n_train_steps=1,
+            save_on_train_epoch_end=False,
         )
         return self.fit(
             root,
             build_module(self.folder, self.method),
-            make_data(**self.data),
+            stream(**self.data),
             EMATeacher(rate=0.1, every_n_steps=self.every_n_steps),
             [] if ckpt_path else [every_step],
             ckpt_path,
@@ -122,39 +141,134 @@ def report(trainer: Trainer) -> Any:
     return json.loads((Path(trainer.log_dir) / "retention.json").read_text())
 
 
-@pytest.fixture(params=CASES)
-def runs(request: pytest.FixtureRequest, fit: Fit, tmp_path: Path) -> Runs:
-    return Runs(fit, tmp_path, CASES[request.param])
+def places(runs: Runs, trainer: Trainer) -> dict[str, Path]:
+    """Checkpoints of a whole run of two stages, from its start to its end."""
+    steps, stage = trainer.global_step, trainer.global_step // 2
+    checkpoints = Path(trainer.log_dir) / "checkpoints"
+    return {
+        "the middle of a stage": runs.step(stage - 1),
+        "the last batch of a stage": runs.step(stage),
+        "a boundary": checkpoints / "stage-1-first.ckpt",
+        "the first step": runs.step(1),
+        "the first step after a boundary": runs.step(stage + 1),
+        "the last batch of the run": runs.step(steps),
+        "the end of the run": checkpoints / "last.ckpt",
+    }
 
 
-def test_resuming_from_any_step_and_any_boundary_changes_nothing(runs: Runs) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_the_uninterrupted_one(case: str, fit: Fit, tmp_path: Path) -> None:
+    runs = Runs(fit, tmp_path, CASES[case])
     trainer, module = runs("whole")
     expected, retention = outcome(trainer, module), report(trainer)
-    steps, stage = trainer.global_step, trainer.global_step // 2
-    assert steps == sum(trainer.datamodule.stage_steps())
-    checkpoints = Path(trainer.log_dir) / "checkpoints"
-    places = {
-        "first step": runs.step(1),
-        "middle of a stage": runs.step(stage - 1),
-        "last batch of a stage": runs.step(stage),
-        "boundary": checkpoints / "stage-1-first.ckpt",
-        "first step of the second stage": runs.step(stage + 1),
-        "last batch of the run": runs.step(steps),
-        "end of the run": checkpoints / "last.ckpt",
-    }
-    for place, path in places.items():
+    assert trainer.global_step == sum(trainer.datamodule.stage_steps())
+    found = list(places(runs, trainer).items())
+    for place, path in found if case == "sdft" else found[:3]:
         resumed, student = runs(f"from {place}", path)
-        assert_same(outcome(resumed, student), expected), place
-        if place != "end of the run":
-            assert report(resumed) == retention, place
+        assert_same(outcome(resumed, student), expected)
+        if place != "the end of the run":
+            assert report(resumed) == retention
 
 
-def test_training_moves_what_the_comparison_compares(fit: Fit, tmp_path: Path) -> None:
-    """The comparison above would not notice a run that stands still."""
-    runs = Runs(fit, tmp_path, {})
+def test_what_is_compared_moves(fit: Fit, tmp_path: Path) -> None:
+    """Else the comparison would not notice a run that stands still."""
+    runs = Runs(fit, tmp_path, CASES["sdft"])
     trainer, module = runs("whole")
     found = outcome(trainer, module)
     before = tensors(torch.load(runs.step(1), weights_only=True)["state_dict"])
+    assert {name.split(".")[0] for name in before} == {"/student", "/teacher"}
     for name, value in before.items():
         assert not torch.equal(found[f"/weights{name}"], value), name
-    assert any("teacher" in name for name in before)
+    rows = [[cell["score"] for cell in row] for row in report(trainer)["matrix"]]
+    assert len({tuple(row) for row in rows}) == 3, "three rows, all different"
+
+
+def test_a_seed_matters(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(fit, tmp_path, CASES["sdft"])
+    one, again = outcome(*runs("one")), outcome(*runs("again"))
+    assert_same(again, one)
+    monkeypatch.setattr("conftest.seed_everything", lambda *args, **options: seed_everything(8))
+    other = outcome(*runs("other"))
+    assert any(not torch.equal(other[key], one[key]) for key in one)
+
+
+# ---------------------------------------------------------------- killed
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.37, 0.81])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    delay: float, fit: Fit, tmp_path: Path
+) -> None:
+    runs = Runs(fit, tmp_path, {"data": {"steps": 12}})
+    child = os.fork()
+    if child == 0:
+        runs("killed")
+        os._exit(0)
+    folder = tmp_path / "killed" / "lightning_logs" / "version_0"
+    last = folder / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 60
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(delay * random.random())
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it had ended before it was killed"
+    assert len(json.loads((folder / "retention.json").read_text())["matrix"]) >= 1
+    resumed, module = runs("resumed", last)
+    trainer, whole = runs("whole")
+    assert_same(outcome(resumed, module), outcome(trainer, whole))
+    assert report(resumed) == report(trainer)
+
+
+# ---------------------------------------------------------------- not this run's checkpoint
+
+
+@pytest.fixture
+def saved(fit: Fit, tmp_path: Path) -> tuple[Runs, Path]:
+    runs = Runs(fit, tmp_path, CASES["sdft"])
+    runs("whole")
+    return runs, runs.step(2)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gpt2", {}), ("llama", {"hidden_size": 16}), ("llama", {"num_hidden_layers": 1})],
+)
+def test_another_model_is_refused(
+    saved: tuple[Runs, Path], tmp_path: Path, family: str, changes: dict[str, int]
+) -> None:
+    runs, path = saved
+    whole = runs.folder
+    runs.folder = save_model(tmp_path / "other", family=family, **changes)
+    with pytest.raises(ValueError, match="belongs to another model") as error:
+        runs("resumed", path)
+    assert str(whole) in str(error.value)
+    assert str(runs.folder) in str(error.value)
+
+
+def test_another_method_is_refused_for_training_only(saved: tuple[Runs, Path]) -> None:
+    runs, path = saved
+    runs.method = "sft"
+    with pytest.raises(ValueError, match="method 'sdft'.*'sft'"):
+        runs("resumed", path)
+
+
+@pytest.mark.parametrize("names", [("second", "first"), ("first",), ("first", "second", "third")])
+def test_another_sequence_is_refused(
+    saved: tuple[Runs, Path], fit: Fit, names: tuple[str, ...]
+) -> None:
+    runs, path = saved
+    with pytest.raises(ValueError, match="task sequence") as error:
+        fit("other", make_module(runs.folder), make_data(names), ckpt_path=path)
+    assert "['first', 'second']" in str(error.value)
+    assert str(list(names)) in str(error.value)
+
+
+def test_a_checkpoint_of_something_else_is_refused(
+    saved: tuple[Runs, Path], tmp_path: Path
+) -> None:
+    runs, path = saved
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["sdft"]
+    torch.save(checkpoint, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="not written by sdft"):
+        runs("resumed", tmp_path / "foreign.ckpt")
