@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sdft.run import log_every_n_steps
+from sdft.run import is_logged
 from sdft.student import StudentModule, squared_distance
 
 KINDS = ("ema", "frozen", "live")
@@ -72,7 +72,7 @@ class EMATeacher(Callback):
         assert isinstance(pl_module, StudentModule)
         if trainer.global_step % self.every_n_steps == 0 and self.rate > 0:
             update_average(teacher, pl_module.model, self.rate)
-        if trainer.global_step % log_every_n_steps(trainer) == 0 and pl_module.base is not None:
+        if is_logged(trainer, trainer.global_step) and pl_module.base is not None:
             moved = teacher_moved(teacher, pl_module.model, pl_module.base)
             pl_module.log("teacher/moved", moved, batch_size=len(batch))
 

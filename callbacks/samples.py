@@ -13,7 +13,7 @@ from torch import Tensor
 from sdft.batch import Batch
 from sdft.data import collate
 from sdft.module import SDFTModule
-from sdft.rollout import Rollout, Sampling
+from sdft.rollout import Rollout, Sampling, evaluation_mode
 from sdft.run import run_folder, task_stream
 from sdft.scoring import completion_logits
 from sdft.seeding import derive_seed, run_seed
@@ -62,7 +62,7 @@ class Samples(Callback):
         task = data.tasks[stage]
         batch = collate(data.encoded(task, "train")[: self.count])
         # A seed of its own, so that looking never changes what is trained.
-        with torch.random.fork_rng(), module.forward_precision():
+        with torch.random.fork_rng(), module.forward_precision(), evaluation_mode(module.model):
             torch.manual_seed(derive_seed(run_seed(), "samples", stage))
             completion = _sample(module, batch)
             student = _chosen(

@@ -11,8 +11,10 @@ import logging
 import os
 import sys
 import warnings
+import zipfile
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -31,6 +33,7 @@ from sdft.callbacks import (
     StageProgressBar,
 )
 from sdft.data import ContinualDataModule
+from sdft.messages import check_yaml, clear_message
 from sdft.module import SDFTModule
 from sdft.student import StudentModule
 
@@ -45,6 +48,17 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10,
     "reload_dataloaders_every_n_epochs": 1,
 }
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one clear line, without the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the line and exit with status 2."""
+        if not self.exit_on_error:  # a parser within the parser: the outermost one speaks
+            super().error(message, ex)
+        print(f"sdft: error: {clear_message(message)}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 class SDFTCLI(LightningCLI):
@@ -73,10 +87,18 @@ class SDFTCLI(LightningCLI):
             config["ckpt_path"] = str(find_checkpoint(config["ckpt_path"], root))
         if config.get("weights_only") is None:
             config["weights_only"] = True
+        clip = config["trainer"]["gradient_clip_val"]
+        if clip is not None and not clip >= 0:
+            raise ValueError(f"trainer.gradient_clip_val must be 0 or more, found {clip}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Command line and YAML win: a checkpoint overrides no setting."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """TensorBoard in `trainer.default_root_dir`, unless a logger is configured."""
+        """Our progress bar, and TensorBoard in `trainer.default_root_dir` unless configured."""
         config = self._get(self.config_init, "trainer")
+        bars = [] if config["enable_progress_bar"] is False else [StageProgressBar()]
+        self.trainer_defaults["callbacks"] = [Predictions(), *bars]
         if config["logger"] in (None, True):
             root = config["default_root_dir"] or os.getcwd()
             kwargs["logger"] = TensorBoardLogger(root, default_hp_metric=False)
@@ -121,7 +143,20 @@ def find_checkpoint(path: str, root: Path) -> Path:
         return file / "checkpoints" / "last.ckpt"
     if not file.exists():
         raise ValueError(f"--ckpt_path {path!r} does not exist")
+    if file.is_file() and not zipfile.is_zipfile(file):
+        raise ValueError(
+            f"--ckpt_path {path!r} is damaged or no checkpoint (its archive has no end): take an "
+            "earlier one of the same folder"
+        )
     return file
+
+
+def config_files(args: list[str]) -> list[Path]:
+    """The configuration files that a command line names and that exist."""
+    flags = ("-c", "--config")
+    names = [value for flag, value in pairwise(args) if flag in flags]
+    names += [arg.split("=", 1)[1] for arg in args if arg.startswith("--config=")]
+    return [Path(name) for name in names if Path(name).is_file()]
 
 
 def main(args: list[str] | None = None) -> int:
@@ -132,6 +167,8 @@ def main(args: list[str] | None = None) -> int:
     """
     _quiet()
     try:
+        for path in config_files(sys.argv[1:] if args is None else args):
+            check_yaml(path)
         SDFTCLI(
             StudentModule,
             ContinualDataModule,
@@ -139,18 +176,19 @@ def main(args: list[str] | None = None) -> int:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={
-                **TRAINER_DEFAULTS,
-                "callbacks": [StageProgressBar(), Predictions()],
-            },
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"description": __doc__.splitlines()[0]},
+            parser_class=Parser,
             args=args,
         )
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(f"sdft: error: {error}\n(set {TRACEBACK}=1 for the traceback)", file=sys.stderr)
+        print(
+            f"sdft: error: {clear_message(str(error))}\n(set {TRACEBACK}=1 for the traceback)",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

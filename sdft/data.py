@@ -132,17 +132,18 @@ class ContinualDataModule(LightningDataModule):
 
     def _encode(self, task: Task, split: Split) -> list[Encoded]:
         examples = task.examples(split)
-        limit = self._student_limit()
+        student_limit = self._limit(self.max_student_tokens)
+        teacher_limit = self._limit(self.max_teacher_tokens)
         encoded = [self._encode_one(task, example, split) for example in examples]
-        fits_student = [item for item in encoded if len(item.student_ids) <= limit]
-        fits = [i for i in fits_student if len(i.teacher_ids) <= self.max_teacher_tokens]
+        fits_student = [item for item in encoded if len(item.student_ids) <= student_limit]
+        fits = [item for item in fits_student if len(item.teacher_ids) <= teacher_limit]
         dropped_student = len(encoded) - len(fits_student)
         dropped_teacher = len(fits_student) - len(fits)
         if len(fits) < len(encoded):
             message = (
                 f"task {task.name!r}, {split}: dropped {len(encoded) - len(fits)} of "
-                f"{len(encoded)} examples ({dropped_student} student prompts over {limit} tokens, "
-                f"{dropped_teacher} teacher prompts over {self.max_teacher_tokens})"
+                f"{len(encoded)} examples ({dropped_student} student prompts over {student_limit} "
+                f"tokens, {dropped_teacher} teacher prompts over {teacher_limit})"
             )
             if not fits:
                 raise ValueError(
@@ -160,9 +161,10 @@ class ContinualDataModule(LightningDataModule):
         except ValueError as error:
             raise ValueError(f"task {task.name!r}, {split}: {error}") from error
 
-    def _student_limit(self) -> int:
+    def _limit(self, tokens: int) -> int:
+        """`tokens`, or what the model's context leaves for a prompt where that is less."""
         room = self._student.prompt_room
-        return self.max_student_tokens if room is None else min(self.max_student_tokens, room)
+        return tokens if room is None else min(tokens, room)
 
     @property
     def _student(self) -> Student:

@@ -16,12 +16,19 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sdft.batch import pad
-from sdft.rollout import GenerateEngine, Rollout, Sampling, as_rollout, evaluation_mode
+from sdft.rollout import (
+    GenerateEngine,
+    Rollout,
+    RolloutEngine,
+    Sampling,
+    as_rollout,
+    evaluation_mode,
+)
 
 _SHRINK_BELOW = 0.75  # share of live rows at which dropping the ended ones repays copying the cache
 
 
-class DecodeEngine:
+class DecodeEngine(RolloutEngine):
     """Rollouts by forward passes with a key-value cache, dropping rows as they end.
 
     Models whose forward takes no such cache (recurrent ones) go through `model.generate`.

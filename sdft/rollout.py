@@ -86,7 +86,7 @@ class RolloutEngine(Protocol):
         """Sample one completion per prompt; torch's global generator is the only randomness."""
 
 
-class GenerateEngine:
+class GenerateEngine(RolloutEngine):
     """Rollouts through `model.generate`: every architecture that transformers can decode.
 
     The model's own generation defaults (repetition penalty, top-k, forced tokens …) are kept out:
@@ -134,13 +134,14 @@ def _generation_config(sampling: Sampling, eos_ids: Sequence[int], pad_id: int) 
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and the mode from before afterwards."""
-    training = model.training
+    """Evaluation mode; afterwards every submodule has its mode from before."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

@@ -32,9 +32,10 @@ def task_stream(trainer: Trainer) -> ContinualDataModule:
     return data
 
 
-def log_every_n_steps(trainer: Trainer) -> int:
-    """Optimizer steps between two log entries."""
-    return int(cast(Any, trainer).log_every_n_steps)
+def is_logged(trainer: Trainer, step: int) -> bool:
+    """Whether the logger gets an entry at the end of this optimizer step, counted from 1."""
+    every = int(cast(Any, trainer).log_every_n_steps)  # 0: never
+    return every > 0 and step % every == 0
 
 
 def is_dry(trainer: Trainer) -> bool:

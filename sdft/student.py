@@ -25,7 +25,7 @@ from sdft.models import DTYPES, WORLD, ModelSource, eos_token_ids
 from sdft.phases import PhaseClock
 from sdft.prompts import DEFAULT_TEACHER_TEMPLATE, PromptEncoder, TeacherTemplate
 from sdft.rollout import RolloutEngine, Sampling
-from sdft.run import log_every_n_steps, task_stream
+from sdft.run import is_logged, task_stream
 from sdft.schedule import StageSchedule
 from sdft.seeding import derive_seed, run_seed
 
@@ -192,7 +192,7 @@ class StudentModule(LightningModule):
     @property
     def logs_this_step(self) -> bool:
         """Whether the step under way reaches the logger; costly metrics wait for it."""
-        return (self.trainer.global_step + 1) % log_every_n_steps(self.trainer) == 0
+        return is_logged(self.trainer, self.trainer.global_step + 1)
 
     # ---------------------------------------------------------------- evaluation
 

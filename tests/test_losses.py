@@ -184,9 +184,7 @@ def test_a_probability_that_underflows_is_not_nan() -> None:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_bf16_logits_are_computed_in_fp32(alpha: float) -> None:
-    student, teacher = (
-        random_logits(seed, 1, 2, 4096, dtype=torch.bfloat16) for seed in (13, 14)
-    )
+    student, teacher = (random_logits(seed, 1, 2, 4096, dtype=torch.bfloat16) for seed in (13, 14))
     found = token_divergence(student, teacher, alpha)
     assert found.dtype == torch.float32
     exact = token_divergence(student.double(), teacher.double(), alpha)

@@ -112,7 +112,7 @@ def test_a_context_without_a_place_is_an_error() -> None:
 
 
 def test_an_example_without_demonstration_names_its_prompt() -> None:
-    with pytest.raises(ValueError, match="no demonstration.*'what is it'"):
+    with pytest.raises(ValueError, match=r"no demonstration.*'what is it'"):
         TeacherTemplate().render(example("what is it", None))
 
 

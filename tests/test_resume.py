@@ -248,7 +248,7 @@ def test_another_model_is_refused(
 def test_another_method_is_refused_for_training_only(saved: tuple[Runs, Path]) -> None:
     runs, path = saved
     runs.method = "sft"
-    with pytest.raises(ValueError, match="method 'sdft'.*'sft'"):
+    with pytest.raises(ValueError, match=r"method 'sdft'.*'sft'"):
         runs("resumed", path)
 
 

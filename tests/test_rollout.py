@@ -12,11 +12,19 @@ from conftest import FAMILIES, WORDS, make_gpt2, make_model, sharpen
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from sdft.rollout import GenerateEngine, Rollout, Sampling, as_rollout
+from sdft.decode import DecodeEngine
+from sdft.rollout import GenerateEngine, Rollout, RolloutEngine, Sampling, as_rollout
 
 PAD, EOS = 0, 1
 PROMPTS = [[3, 9, 10, 4], [3, 12, 4], [3, 13, 14, 15, 16, 9, 4]]
-ENGINE = GenerateEngine()
+ENGINE: RolloutEngine = GenerateEngine()
+ENGINES: dict[str, RolloutEngine] = {"generate": GenerateEngine(), "decode": DecodeEngine()}
+
+
+@pytest.fixture(params=ENGINES, autouse=True)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file holds for every engine."""
+    monkeypatch.setattr(f"{__name__}.ENGINE", ENGINES[request.param])
 
 
 def generate(
@@ -133,7 +141,9 @@ def test_greedy_is_a_plain_loop_without_cache(family: str) -> None:
 def test_greedy_ignores_the_seed() -> None:
     model = sharpen(make_model())
     greedy = Sampling(8, temperature=0.0)
-    assert torch.equal(generate(model, greedy, seed=1).ids_BT, generate(model, greedy, seed=2).ids_BT)
+    assert torch.equal(
+        generate(model, greedy, seed=1).ids_BT, generate(model, greedy, seed=2).ids_BT
+    )
 
 
 # ---------------------------------------------------------------- ends
@@ -243,7 +253,10 @@ def test_a_submodule_in_another_mode_keeps_it() -> None:
 def test_dropout_is_off_while_generating_and_on_while_training() -> None:
     model = sharpen(make_gpt2()).train()
     greedy = Sampling(8, temperature=0.0)
-    assert generate(model, greedy, seed=1).completions() == generate(model, greedy, seed=2).completions()
+    assert (
+        generate(model, greedy, seed=1).completions()
+        == generate(model, greedy, seed=2).completions()
+    )
     assert generate(model, greedy).completions() == generate(model.eval(), greedy).completions()
     model.train()
     ids = torch.tensor([PROMPTS[0]])
@@ -256,7 +269,10 @@ def test_gradient_checkpointing_changes_no_rollout() -> None:
     for model in (plain, checkpointed):
         model.train()
     for sampling in (Sampling(8), Sampling(8, temperature=0.0)):
-        assert generate(checkpointed, sampling).completions() == generate(plain, sampling).completions()
+        assert (
+            generate(checkpointed, sampling).completions()
+            == generate(plain, sampling).completions()
+        )
     assert checkpointed.is_gradient_checkpointing
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch, pad
+from sdft.decode import DecodeEngine
 from sdft.examples import Example
 from sdft.losses import sequence_mean, token_divergence
-from sdft.rollout import GenerateEngine, Rollout, Sampling
+from sdft.rollout import GenerateEngine, Rollout, RolloutEngine, Sampling
 from sdft.scoring import completion_logits
 
 PAD, EOS = 0, 1
@@ -104,8 +105,11 @@ def test_a_model_that_takes_no_position_ids_is_scored_too() -> None:
 # ---------------------------------------------------------------- rollouts and losses
 
 
-def test_greedy_rollouts_do_not_depend_on_padding_or_neighbours(model: PreTrainedModel) -> None:
-    engine, greedy = GenerateEngine(), Sampling(6, temperature=0.0)
+@pytest.mark.parametrize("engine", [GenerateEngine(), DecodeEngine()])
+def test_greedy_rollouts_do_not_depend_on_padding_or_neighbours(
+    model: PreTrainedModel, engine: RolloutEngine
+) -> None:
+    greedy = Sampling(6, temperature=0.0)
     together = engine.generate(model, PROMPTS, greedy, [EOS], PAD).completions()
     alone = [engine.generate(model, [p], greedy, [EOS], PAD).completions()[0] for p in PROMPTS]
     other_pad = engine.generate(model, PROMPTS, greedy, [EOS], 5).completions()
