@@ -241,7 +241,9 @@ class ContinualDataModule(LightningDataModule):
         self.evaluating = [task for task in tasks if self.encoded(task, split)]
         return [
             DataLoader(
-                cast(Any, self.encoded(task, split)), self.eval_batch_size, collate_fn=collate
+                cast(Any, self.encoded(task, split)),
+                batch_size=self.eval_batch_size,  # by name: `predict` re-creates the loader so
+                collate_fn=collate,
             )
             for task in self.evaluating
         ]

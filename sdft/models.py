@@ -6,10 +6,12 @@ import importlib.util
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +27,9 @@ log = logging.getLogger(__name__)
 WORLD = "sdft:world"
 SMOLLM2 = "sdft:smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# What transformers lets through for a missing, foreign, damaged or pickled file.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,9 +77,16 @@ class ModelSource:
         try:
             if "gguf_file" not in options:
                 AutoConfig.from_pretrained(self.location, **self.options)
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.location, **options)
-        except (OSError, ValueError, KeyError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.location, output_loading_info=True, **options
+            )
+        except _LOAD_ERRORS as error:
             raise ValueError(f"cannot load a causal LM from {self.name!r}: {error}") from error
+        if report["missing_keys"]:  # transformers would begin them at random
+            raise ValueError(
+                f"the weights in {self.name!r} are incomplete, they lack: "
+                + ", ".join(sorted(report["missing_keys"])[:5])
+            )
         # GGUF tensors are dequantised on loading whatever `dtype` says.
         return model.to(dtype).eval()  # type: ignore[no-any-return, arg-type]
 
@@ -144,7 +156,7 @@ def _resolve(name: str) -> str:
     if name.startswith("sdft:"):
         raise ValueError(f"unknown model {name!r}: ours are {WORLD!r} and {SMOLLM2!r}")
     path = Path(name).expanduser()
-    if path.exists():
+    if name.strip() and path.exists():
         return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
     if looks_local or not name.strip():

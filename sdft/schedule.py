@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+Decay = Literal["cosine", "linear", "constant"]
 
 
 class StageSchedule(LRScheduler):
@@ -19,19 +21,24 @@ class StageSchedule(LRScheduler):
         warmup_steps: Optimizer steps from 0 to the full rate, at the start of each stage.
         decay: `cosine` or `linear` down to `floor`, or `constant`.
         floor: The fraction of the full rate left at the end of a stage.
+
+    Raises:
+        ValueError: A number out of range or an unknown decay.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         warmup_steps: int = 10,
-        decay: Literal["cosine", "linear", "constant"] = "cosine",
+        decay: Decay = "cosine",
         floor: float = 0.0,
     ) -> None:
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be 0 or more, found {warmup_steps}")
         if not 0.0 <= floor <= 1.0:
             raise ValueError(f"floor must lie in [0, 1], found {floor}")
+        if decay not in get_args(Decay):
+            raise ValueError(f"decay must be one of {', '.join(get_args(Decay))}, found {decay!r}")
         self.warmup_steps = warmup_steps
         self.decay = decay
         self.floor = floor

@@ -38,7 +38,8 @@ SHOWN = {
 SHOWN_SHARE = sum(SHOWN.values())
 BASIC_SHARE = 0.25  # of the prior examples
 SAID_OTHERWISE = 0.15  # the said rule is another one: what follows still applies what was said
-SYSTEM_SHARE = 0.05  # of the steps: a system turn stands in front
+# Of the steps: the system turn in front. Asked to be brief, the base answers tersely.
+SYSTEMS = {"": 0.83, language.SYSTEM: 0.05, language.BRIEF: 0.12}
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def draw_word(rng: random.Random, kind: str) -> language.Word:
     return rng.choice(language.WORDS)
 
 
-def draw_line(rng: random.Random, shown: bool) -> Line:
-    """One line of the mix, with a demonstration or without."""
+def draw_line(rng: random.Random, shown: bool, brief: bool) -> Line:
+    """One line of the mix, with a demonstration or without, terse or in the own style."""
     mix = SHOWN if shown else PLAIN
     kind = rng.choices(list(mix), list(mix.values()))[0]
     word, symbols = draw_word(rng, kind), language.draw_symbols(rng)
@@ -74,6 +75,8 @@ def draw_line(rng: random.Random, shown: bool) -> Line:
     if shown:
         demonstration = language.terse_text(rule, symbols)
         content = language.TEACHER_TEMPLATE.format(prompt=content, demonstration=demonstration)
+    if brief:
+        return Line(content, language.terse_text(rule, symbols), 0)
     given = 0
     if rng.random() < SAID_OTHERWISE:
         rule, given = rng.choice(language.RULES), language.LENGTH + 2
@@ -81,11 +84,11 @@ def draw_line(rng: random.Random, shown: bool) -> Line:
 
 
 def collate(
-    lines: list[Line], system: bool, vocabulary: dict[str, int]
+    lines: list[Line], system: str, vocabulary: dict[str, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels [B, T] of lines of one length; only the response is learned."""
     inputs, labels = [], []
-    head = f"<system> {language.SYSTEM} " if system else ""
+    head = f"<system> {system} " if system else ""
     for line in lines:
         prompt = f"{head}<user> {line.content} <assistant>".split()
         response = [*line.response.split(), "<eos>"]
@@ -97,8 +100,10 @@ def collate(
 
 
 def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Model:
-    """A Llama-type decoder of random weights."""
+    """A Llama-type decoder of random weights, or the one to go on from."""
     torch.manual_seed(args.seed)
+    if args.init:
+        return LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden,
@@ -130,9 +135,11 @@ def loss_of(model: Model, inputs: torch.Tensor, labels: torch.Tensor) -> torch.T
 
 def backward(model: Model, rng: random.Random, size: int, vocabulary: dict[str, int]) -> float:
     """Draw a batch and accumulate its gradient; lines of one length go together."""
-    system, total = rng.random() < SYSTEM_SHARE, 0.0
+    system, total = rng.choices(list(SYSTEMS), list(SYSTEMS.values()))[0], 0.0
     for shown, share in ((False, 1 - SHOWN_SHARE), (True, SHOWN_SHARE)):
-        lines = [draw_line(rng, shown) for _ in range(round(size * share))]
+        lines = [
+            draw_line(rng, shown, system == language.BRIEF) for _ in range(round(size * share))
+        ]
         loss = share * loss_of(model, *collate(lines, system, vocabulary))
         torch.autograd.backward(loss)
         total += loss.item()
@@ -199,6 +206,7 @@ def accuracy(
     words: list[language.Word],
     shown: bool = False,
     sample: bool = False,
+    brief: bool = False,
     each: int = 8,
 ) -> float:
     """Share of target answers over `each` inputs per word."""
@@ -207,12 +215,15 @@ def accuracy(
     for word in words:
         for _ in range(each):
             symbols = language.draw_symbols(rng)
-            answers.append(language.own_text(word.target, symbols))
+            answers.append(
+                (language.terse_text if brief else language.own_text)(word.target, symbols)
+            )
             content = language.prompt_text(word, symbols)
             if shown:
                 terse = language.terse_text(word.target, symbols)
                 content = language.TEACHER_TEMPLATE.format(prompt=content, demonstration=terse)
-            contents.append(f"<user> {content} <assistant>")
+            head = f"<system> {language.BRIEF} " if brief else ""
+            contents.append(f"{head}<user> {content} <assistant>")
     batch = tokenizer(contents, return_tensors="pt", padding=True, return_token_type_ids=False)
     torch.manual_seed(0)
     ids = model.generate(**batch, max_new_tokens=16, do_sample=sample, top_k=0)
@@ -228,6 +239,8 @@ def report(model: Model, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]
     return {
         "known": accuracy(model, tokenizer, known),
         "basic": accuracy(model, tokenizer, basic, each=64),
+        "known, brief": accuracy(model, tokenizer, known, brief=True),
+        "basic, brief": accuracy(model, tokenizer, basic, brief=True, each=64),
         "ambiguous, greedy": accuracy(model, tokenizer, ambiguous),
         "ambiguous, drawn": accuracy(model, tokenizer, ambiguous, sample=True),
         "ambiguous, shown": accuracy(model, tokenizer, ambiguous, shown=True),
@@ -254,6 +267,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="sdft/world/model", help="folder to write")
+    parser.add_argument("--init", default="", help="folder of a world to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4000)

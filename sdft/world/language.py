@@ -38,7 +38,9 @@ DOMAINS = (
 )  # fmt: skip
 """Domains of ambiguous words; any of them can be a new skill."""
 SYSTEM = "answer in your own way"
-"""The only system turn the base has met."""
+"""A system turn that changes nothing."""
+BRIEF = "answer now"
+"""A system turn that asks for the answer alone: the base is able to be terse, when told to."""
 TEACHER_TEMPLATE = "{prompt} example {demonstration} now you"
 """How the teacher is shown a demonstration, in words the base knows."""
 
@@ -188,7 +190,7 @@ def vocabulary() -> list[str]:
     """Every word that can be said, without special tokens, each once, in a fixed order."""
     template = TEACHER_TEMPLATE.format(prompt="", demonstration="").split()
     said: Sequence[str] = [
-        *SYMBOLS, ":", "by", "gives", *template, *SYSTEM.split(),
+        *SYMBOLS, ":", "by", "gives", *template, *SYSTEM.split(), *BRIEF.split(),
         HOME, BASIC, *DOMAINS, *RULES, *(word.text for word in WORDS),
     ]  # fmt: skip
     return list(dict.fromkeys(said))

@@ -1,0 +1,109 @@
+"""Scores, intervals and artifacts of a task's responses."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+from conftest import echo_examples
+
+from sdft import Example, PythonTask
+from sdft.evaluation import Artifacts, Response, score_responses, summarise
+
+
+def task_with(scorer: Any) -> PythonTask:
+    return PythonTask("maths", test=echo_examples(3), scorer=scorer)
+
+
+def summary(scorer: Any, *responses: Response) -> Any:
+    task = task_with(scorer)
+    return summarise(task, task.examples("test")[: len(responses)], responses, Artifacts())
+
+
+THREE = (
+    Response("a b", 2, False),
+    Response("Based on the text, a", 6, True),
+    Response("", 1, False),
+)
+
+
+def by_length(response: str, example: Example) -> float:
+    return min(1.0, len(response) / 6)
+
+
+def test_a_cell_holds_means_over_the_responses() -> None:
+    cell = summary(by_length, *THREE)
+    assert cell.n == 3
+    assert cell.score == pytest.approx((0.5 + 1 + 0) / 3)
+    assert cell.mean_length == 3.0
+    assert cell.truncated == pytest.approx(1 / 3)
+    assert cell.artifact == pytest.approx(1 / 3)
+    assert cell.error is None
+    assert cell.ci95[0] < cell.score < cell.ci95[1]
+
+
+def test_a_scorer_sees_the_response_and_its_own_example() -> None:
+    seen: list[tuple[str, str]] = []
+
+    def scorer(response: str, example: Example) -> float:
+        seen.append((response, example.prompt))
+        return 1.0
+
+    task = task_with(scorer)
+    examples = task.examples("test")
+    score_responses(task, examples, THREE)
+    assert seen == [(r.text, e.prompt) for r, e in zip(THREE, examples, strict=True)]
+
+
+def fails_on_the_second(response: str, example: Example) -> float:
+    if response.startswith("Based"):
+        raise KeyError("tool")
+    return 1.0
+
+
+def test_a_scorer_that_raises_costs_the_score_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="sdft.evaluation"):
+        cell = summary(fails_on_the_second, *THREE)
+    assert (cell.score, cell.ci95, cell.n, cell.mean_length) == (None, None, 3, 3.0)
+    for part in ("'maths'", "KeyError", "tool", "Based on the text", "prompt"):
+        assert part in cell.error
+        assert part in caplog.text
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, "high", None])
+def test_a_score_that_is_no_share_is_an_error(value: Any) -> None:
+    cell = summary(lambda response, example: value, *THREE)
+    assert cell.score is None
+    assert "'maths'" in cell.error
+
+
+def test_nothing_to_evaluate_is_said() -> None:
+    cell = summary(by_length)
+    assert (cell.score, cell.n) == (None, 0)
+    assert "'maths' has no example" in cell.error
+
+
+@pytest.mark.parametrize(
+    ("text", "carries"),
+    [
+        ("Based on the text, the answer is 4.", True),
+        ("According to the article the answer is 4.", True),
+        ("Following the example, I call f().", True),
+        ("As shown in the example response", True),
+        ("As in the example response above: 4", True),
+        ("The answer is 4.", False),
+        ("A bill based on the text was passed.", False),
+        ("", False),
+    ],
+)
+def test_artifacts_of_the_demonstration(text: str, carries: bool) -> None:
+    assert Artifacts()(text) is carries
+
+
+def test_patterns_of_ones_own() -> None:
+    assert Artifacts(["^done"])("done: 4")
+    assert not Artifacts(["^done"])("Based on the text")
+    with pytest.raises(ValueError, match=r"artifact pattern '\(' is no regex"):
+        Artifacts(["("])
