@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.run import is_logged
-from sdft.student import StudentModule, squared_distance
+from sdft.student import StudentModule
+from sdft.weights import squared_distance
 
 KINDS = ("ema", "frozen", "live")
 

@@ -63,7 +63,7 @@ class Retention(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The base row, or the rows that a resumed run still owes."""
         if self.rows:
-            self._report(trainer, pl_module)
+            self._report(trainer, pl_module, seconds=0.0)
         self._fill(trainer, pl_module, rows=trainer.current_epoch + 1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,12 +75,12 @@ class Retention(Callback):
             return
         assert isinstance(pl_module, StudentModule)
         assert len(self.rows) == rows - 1, "one row is owed at most: stages end with theirs"
-        pl_module.phases.enter("evaluate")
-        self.rows.append(
-            [self._cell(trainer, pl_module, t) for t in task_stream(trainer).evaluated]
-        )
-        pl_module.phases.enter("")
-        self._report(trainer, pl_module)
+        clock = pl_module.phases
+        clock.enter("evaluate")
+        evaluated = task_stream(trainer).evaluated
+        self.rows.append([self._cell(trainer, pl_module, task) for task in evaluated])
+        clock.enter("")
+        self._report(trainer, pl_module, seconds=clock.lap()["evaluate"])
 
     # ---------------------------------------------------------------- what
 
@@ -94,7 +94,7 @@ class Retention(Callback):
         found = data.encoded(task, self.split) or data.encoded(task, "validation")
         return found[: self.limit]
 
-    def _report(self, trainer: Trainer, module: LightningModule) -> None:
+    def _report(self, trainer: Trainer, module: LightningModule, seconds: float) -> None:
         data = task_stream(trainer)
         report = RetentionReport(
             tasks=[task.name for task in data.tasks],
@@ -106,7 +106,8 @@ class Retention(Callback):
         if not trainer.is_global_zero:
             return
         if trainer.logger is not None:
-            trainer.logger.log_metrics(_scalars(report), step=trainer.global_step)
+            scalars = {**_scalars(report), "seconds/evaluate": seconds}
+            trainer.logger.log_metrics(scalars, step=trainer.global_step)
         print(f"\n{report.summary_table()}\n")
         report.write(run_folder(trainer))
 

@@ -131,8 +131,18 @@ def find_checkpoint(path: str, root: Path) -> Path:
         root: `trainer.default_root_dir`.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it is damaged.
     """
+    file = _resolve_checkpoint(path, root)
+    if file.is_file() and not zipfile.is_zipfile(file):
+        raise ValueError(
+            f"--ckpt_path {path!r}: {file} is damaged or no checkpoint (its archive has no end): "
+            "take an earlier one of the same folder"
+        )
+    return file
+
+
+def _resolve_checkpoint(path: str, root: Path) -> Path:
     if path == "last":
         found = sorted(root.rglob("checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
         if not found:
@@ -143,11 +153,6 @@ def find_checkpoint(path: str, root: Path) -> Path:
         return file / "checkpoints" / "last.ckpt"
     if not file.exists():
         raise ValueError(f"--ckpt_path {path!r} does not exist")
-    if file.is_file() and not zipfile.is_zipfile(file):
-        raise ValueError(
-            f"--ckpt_path {path!r} is damaged or no checkpoint (its archive has no end): take an "
-            "earlier one of the same folder"
-        )
     return file
 
 

@@ -17,7 +17,8 @@ from sdft.batch import Batch
 from sdft.losses import check_alpha, sequence_mean, token_divergence, token_entropy
 from sdft.rollout import Rollout, Sampling
 from sdft.scoring import completion_logits
-from sdft.student import StudentModule, frozen_copy
+from sdft.student import StudentModule
+from sdft.weights import frozen_copy
 
 
 class SDFTModule(StudentModule):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -15,7 +13,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.batch import Batch
@@ -28,6 +25,7 @@ from sdft.rollout import RolloutEngine, Sampling
 from sdft.run import is_logged, task_stream
 from sdft.schedule import StageSchedule
 from sdft.seeding import derive_seed, run_seed
+from sdft.weights import check_identity, frozen_copy, identity
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +162,7 @@ class StudentModule(LightningModule):
         optimizer = self.optimizer(p for p in self.model.parameters() if p.requires_grad)
         for group in optimizer.param_groups:
             _check_rate(float(group["lr"]))
+        _check_clipping(self.trainer.gradient_clip_val)
         scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, StageSchedule):
             scheduler.plan(task_stream(self.trainer).stage_steps())
@@ -265,20 +264,10 @@ class StudentModule(LightningModule):
 
     # ---------------------------------------------------------------- checkpoints
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """What a checkpoint must share with the run that loads it."""
-        shapes = [(name, tuple(value.shape)) for name, value in self.model.named_parameters()]
-        digest = hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()[:16]
-        return {
-            "architecture": type(self.model).__name__,
-            "parameters": str(sum(math.prod(shape) for _, shape in shapes)),
-            "shapes": digest,
-        }
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which model and method the checkpoint belongs to."""
-        checkpoint["sdft"] = {**self.identity, "method": self.method, "model": self.model_name}
+        names = {"method": self.method, "model": self.model_name}
+        checkpoint["sdft"] = {**identity(self.model), **names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or method; leave out a teacher that nobody needs.
@@ -290,14 +279,7 @@ class StudentModule(LightningModule):
         found = checkpoint.get("sdft")
         if found is None:
             raise ValueError("the checkpoint was not written by sdft: it names no model")
-        for key, value in self.identity.items():
-            if found.get(key) != value:
-                raise ValueError(
-                    f"the checkpoint belongs to another model: {found.get('model')!r} "
-                    f"({found.get('architecture')}, {found.get('parameters')} parameters), this "
-                    f"run's is {self.model_name!r} ({self.identity['architecture']}, "
-                    f"{self.identity['parameters']} parameters)"
-                )
+        check_identity(self.model, self.model_name, found)
         if self._fitting and found["method"] != self.method:
             raise ValueError(
                 f"the checkpoint belongs to the method {found['method']!r}, this run's is "
@@ -309,19 +291,11 @@ class StudentModule(LightningModule):
                 del weights[key]
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in fp32 and evaluation mode that never trains."""
-    twin: PreTrainedModel = copy.deepcopy(model).float().eval()
-    return twin.requires_grad_(False)
-
-
-def squared_distance(first: PreTrainedModel, second: PreTrainedModel) -> Tensor:
-    """‖first − second‖² over all parameters, fp32."""
-    pairs = zip(first.parameters(), second.parameters(), strict=True)
-    terms = [(a.detach().float() - b.detach().float()).square().sum() for a, b in pairs]
-    return torch.stack(terms).sum()
-
-
 def _check_rate(rate: float) -> None:
     if not (math.isfinite(rate) and rate >= 0):
         raise ValueError(f"the optimizer's lr must be a finite number, 0 or more, found {rate}")
+
+
+def _check_clipping(value: float | None) -> None:
+    if value is not None and not value >= 0:  # NaN, too
+        raise ValueError(f"trainer.gradient_clip_val must be 0 or more, found {value}")

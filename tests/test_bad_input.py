@@ -208,7 +208,11 @@ def test_a_damaged_checkpoint(config: dict[str, Any], capsys: pytest.CaptureFixt
     (whole,) = Path("out").rglob("last.ckpt")
     Path("half.ckpt").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     assert run(config, "--ckpt_path", "half.ckpt") == 2
-    assert "'half.ckpt' is damaged" in error(capsys)
+    assert "half.ckpt is damaged" in error(capsys)
+    whole.write_bytes(Path("half.ckpt").read_bytes())
+    for name in ("last", str(whole.parent.parent)):
+        assert run(config, "--ckpt_path", name) == 2
+        assert "last.ckpt is damaged" in error(capsys)
 
 
 def test_a_checkpoint_of_another_model_or_task_list(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdft.callbacks import EMATeacher, Retention, Samples
 from sdft.callbacks.ema_teacher import teacher_moved, update_average
-from sdft.student import frozen_copy
+from sdft.weights import frozen_copy
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 

@@ -1,0 +1,50 @@
+"""A model's weights as a whole: copies, distances, and what a checkpoint must share with them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in fp32 and evaluation mode that never trains."""
+    twin: PreTrainedModel = copy.deepcopy(model).float().eval()
+    return twin.requires_grad_(False)
+
+
+def squared_distance(first: PreTrainedModel, second: PreTrainedModel) -> Tensor:
+    """‖first − second‖² over all parameters, fp32."""
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    terms = [(a.detach().float() - b.detach().float()).square().sum() for a, b in pairs]
+    return torch.stack(terms).sum()
+
+
+def identity(model: PreTrainedModel) -> dict[str, str]:
+    """What a checkpoint must share with the model that it is loaded into."""
+    shapes = sorted((name, tuple(value.shape)) for name, value in model.named_parameters())
+    return {
+        "architecture": type(model).__name__,
+        "parameters": str(sum(value.numel() for value in model.parameters())),
+        "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
+    }
+
+
+def check_identity(model: PreTrainedModel, name: str, found: Mapping[str, Any]) -> None:
+    """Compare a model with what a checkpoint says of its own.
+
+    Raises:
+        ValueError: They differ; names both.
+    """
+    own = identity(model)
+    if any(found.get(key) != value for key, value in own.items()):
+        raise ValueError(
+            f"the checkpoint belongs to another model: {found.get('model')!r} "
+            f"({found.get('architecture')}, {found.get('parameters')} parameters), this run's is "
+            f"{name!r} ({own['architecture']}, {own['parameters']} parameters)"
+        )
