@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -11,7 +11,7 @@ from sdft.data import Encoded
 from sdft.evaluation import DEFAULT_ARTIFACTS, Artifacts, Response, summarise
 from sdft.metrics import Cell
 from sdft.report import RetentionReport
-from sdft.run import run_folder, task_stream
+from sdft.run import is_dry, run_folder, task_stream
 from sdft.seeding import run_seed
 from sdft.student import StudentModule
 from sdft.tasks import Split, Task
@@ -33,7 +33,7 @@ class Retention(Callback):
         enabled: Evaluate at all.
 
     Raises:
-        ValueError: A limit below 1 or a pattern that is no regular expression.
+        ValueError: An unknown split, a limit below 1, or a pattern that is no regular expression.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class Retention(Callback):
         artifact_patterns: list[str] | None = None,
         enabled: bool = True,
     ) -> None:
+        if split not in get_args(Split):
+            raise ValueError(f"retention.split must be one of {get_args(Split)}, found {split!r}")
         if limit is not None and limit < 1:
             raise ValueError(f"retention.limit must be at least 1, found {limit}")
         self.split: Split = split
@@ -109,7 +111,8 @@ class Retention(Callback):
             scalars = {**_scalars(report), "seconds/evaluate": seconds}
             trainer.logger.log_metrics(scalars, step=trainer.global_step)
         print(f"\n{report.summary_table()}\n")
-        report.write(run_folder(trainer))
+        if not is_dry(trainer):
+            report.write(run_folder(trainer))
 
     # ---------------------------------------------------------------- resume
 

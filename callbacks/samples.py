@@ -14,7 +14,7 @@ from sdft.batch import Batch
 from sdft.data import collate
 from sdft.module import SDFTModule
 from sdft.rollout import Rollout, Sampling, evaluation_mode
-from sdft.run import run_folder, task_stream
+from sdft.run import is_dry, run_folder, task_stream
 from sdft.scoring import completion_logits
 from sdft.seeding import derive_seed, run_seed
 from sdft.student import StudentModule
@@ -44,7 +44,7 @@ class Samples(Callback):
             return
         assert isinstance(pl_module, StudentModule)
         records = self.records(trainer, pl_module)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or is_dry(trainer):
             return
         path = run_folder(trainer) / "samples.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -147,8 +147,9 @@ class ContinualDataModule(LightningDataModule):
             )
             if not fits:
                 raise ValueError(
-                    f"{message}: none is left; raise data.max_student_tokens, "
-                    "data.max_teacher_tokens or use a model with a longer context"
+                    f"{message}: none is left; raise data.max_student_tokens or "
+                    "data.max_teacher_tokens, lower model.max_new_tokens, or use a model with a "
+                    "longer context"
                 )
             log.warning(message)
         return fits

@@ -63,7 +63,12 @@ def test_everything_that_can_be_said_is_one_token_per_word(tokenizer: Any) -> No
         content = TEACHER_TEMPLATE.format(
             prompt=language.prompt_text(word, symbols), demonstration=demonstration
         )
-        for text in (content, language.own_text(word.target, symbols), language.SYSTEM):
+        for text in (
+            content,
+            language.own_text(word.target, symbols),
+            language.SYSTEM,
+            language.BRIEF,
+        ):
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.unk_token_id not in ids
             assert len(ids) == len(text.split())

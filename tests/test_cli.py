@@ -1,0 +1,356 @@
+"""The command line: the four entry points, overlays, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import TEMPLATE, echo_examples, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdft.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Two tasks and a suite in JSONL files, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name, offset in (("train", 0), ("validation", 50), ("test", 100)):
+        rows = [{"prompt": e.prompt, "answer": e.answer} for e in echo_examples(5, offset)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    files = {name: f"{name}.jsonl" for name in ("train", "validation", "test")}
+    return {
+        "seed_everything": 3,
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
+        "model": {
+            "class_path": "sdft.SDFTModule",
+            "init_args": {
+                "model_name": str(model_dir),
+                "max_new_tokens": 5,
+                "teacher_template": TEMPLATE,
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+            },
+        },
+        "data": {
+            "batch_size": 4,
+            "steps": 2,
+            "tasks": [task("one", **files), task("two", **files)],
+            "suites": [task("prior", test="test.jsonl", validation="validation.jsonl")],
+        },
+    }
+
+
+def task(name: str, **files: str) -> dict[str, Any]:
+    return {"class_path": "JSONLTask", "init_args": {"name": name, **files}}
+
+
+def save(config: dict[str, Any], name: str = "config.yaml") -> str:
+    Path(name).write_text(yaml.safe_dump(config))
+    return name
+
+
+def run(config: dict[str, Any], *flags: str, entry: str = "fit") -> Path:
+    """Run a whole command; returns the newest run's folder."""
+    assert main([entry, "--config", save(config), *flags]) == 0
+    return max(Path().rglob("config.yaml"), key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    found = torch.load(run_folder / "checkpoints" / "last.ckpt", weights_only=True)
+    state: dict[str, torch.Tensor] = found["state_dict"]
+    return state
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ---------------------------------------------------------------- fit
+
+
+def test_a_run_leaves_everything_in_its_folder(config: dict[str, Any], tmp_path: Path) -> None:
+    before = set(Path().rglob("*"))
+    folder = run(config, "--trainer.default_root_dir", "somewhere/else")
+    made = {path for path in Path().rglob("*") if path.is_file()} - before
+    outside = {str(path) for path in made if not path.is_relative_to("somewhere/else")}
+    assert outside == {"config.yaml"}, "only the file that this test itself wrote"
+    assert folder.is_relative_to("somewhere/else")
+    for name in (
+        "retention.json",
+        "retention.csv",
+        "retention.png",
+        "curves.png",
+        "samples.jsonl",
+        "checkpoints/stage-1-one.ckpt",
+        "checkpoints/stage-2-two.ckpt",
+        "checkpoints/last.ckpt",
+        "model/model.safetensors",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert list(folder.glob("events.out.tfevents.*"))
+    report = json.loads((folder / "retention.json").read_text())
+    assert (report["tasks"], report["suites"], report["seed"]) == (["one", "two"], ["prior"], 3)
+    assert [len(row) for row in report["matrix"]] == [3, 3, 3]
+    assert {"score", "n", "ci95"} <= set(report["matrix"][0][0])
+    check_export(folder)
+
+
+def check_export(folder: Path) -> None:
+    """The exported model gives the student's logits, bit for bit."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids = torch.tensor([tokenizer.encode("user : a b assistant :")])
+    with torch.no_grad():
+        found = model(ids).logits
+        state = weights(folder).items()
+        model.load_state_dict(
+            {k.removeprefix("student."): v for k, v in state if k.startswith("student.")}
+        )
+        assert torch.equal(model(ids).logits, found)
+
+
+def test_the_saved_config_repeats_the_run(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = run(config, "--model.temperature", "0.7", "--trainer.default_root_dir", "first")
+    saved = tmp_path / "saved.yaml"
+    saved.write_text((folder / "config.yaml").read_text())
+    assert yaml.safe_load(saved.read_text())["model"]["init_args"]["temperature"] == 0.7
+    assert main(["fit", "--config", "saved.yaml", "--trainer.default_root_dir", "again"]) == 0
+    (again,) = Path("again").rglob("config.yaml")
+    assert same(weights(again.parent), weights(folder))
+    reports = [(f / "retention.json").read_text() for f in (folder, again.parent)]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model.temperature", "0.5"],
+        ["--model.optimizer.lr", "0.02"],
+        ["--model.scheduler.warmup_steps", "0"],
+        ["--teacher.kind", "live"],
+        ["--teacher.rate", "0.5"],
+        ["--seed_everything", "4"],
+        ["--data.steps", "3"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_a_flag_overrides_the_file(config: dict[str, Any], flags: list[str]) -> None:
+    if "scheduler" in flags[0]:
+        config["model"]["init_args"]["scheduler"] = {"class_path": "sdft.schedule.StageSchedule"}
+    quick = ["--retention.enabled", "false", "--samples.count", "0", "--export.enabled", "false"]
+    config["data"]["tasks"] = config["data"]["tasks"][:1]
+    config["data"]["steps"] = 2
+    plain = run(config, *quick, "--trainer.default_root_dir", "plain")
+    changed = run(config, *quick, *flags, "--trainer.default_root_dir", "changed")
+    assert not same(weights(plain), weights(changed))
+    written = yaml.safe_load((changed / "config.yaml").read_text())
+    for key in flags[0].removeprefix("--").split("."):
+        written = written["init_args"][key] if "init_args" in written else written[key]
+    assert str(written) == flags[1]
+
+
+LOSS = """
+from sdft import SDFTModule
+
+class Halved(SDFTModule):
+    def __init__(self, share: float = 0.5, **kwargs):
+        super().__init__(**kwargs)
+        self.share = share
+    def loss(self, student_logits_BTV, teacher_logits_BTV, mask_BT):
+        return self.share * super().loss(student_logits_BTV, teacher_logits_BTV, mask_BT)
+"""
+
+
+def test_a_custom_loss_is_an_overlay_of_five_lines(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("own_loss.py").write_text(LOSS)
+    monkeypatch.syspath_prepend(Path().absolute())
+    overlay = "model:\n  class_path: own_loss.Halved\n  init_args:\n    share: 0.25\n"
+    Path("overlay.yaml").write_text(overlay)
+    plain = run(config, "--trainer.default_root_dir", "plain")
+    own = run(config, "--config", "overlay.yaml", "--trainer.default_root_dir", "own")
+    written = yaml.safe_load((own / "config.yaml").read_text())["model"]
+    assert written["class_path"] == "own_loss.Halved"
+    assert written["init_args"]["share"] == 0.25
+    assert written["init_args"]["max_new_tokens"] == 5, "the base config's arguments stay"
+    assert written["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
+    assert not same(weights(plain), weights(own))
+
+
+def test_the_scheduler_and_the_method_by_name(config: dict[str, Any]) -> None:
+    config["model"]["class_path"] = "SFTModule"
+    config["model"]["init_args"]["scheduler"] = {
+        "class_path": "sdft.schedule.StageSchedule",
+        "init_args": {"warmup_steps": 1, "decay": "linear"},
+    }
+    folder = run(config, "--trainer.default_root_dir", "out")
+    assert json.loads((folder / "retention.json").read_text())["method"] == "sft"
+
+
+def test_without_a_logger(config: dict[str, Any]) -> None:
+    run(config, "--trainer.default_root_dir", "out", "--trainer.logger", "false")
+    assert json.loads(Path("out/retention.json").read_text())["tasks"] == ["one", "two"]
+    assert not list(Path("out").rglob("events.out.*"))
+
+
+# ---------------------------------------------------------------- the other entry points
+
+
+def test_validate_test_and_predict_from_a_checkpoint(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(config, "--trainer.default_root_dir", "out")
+    report = json.loads((folder / "retention.json").read_text())
+    capsys.readouterr()
+    root = ["--trainer.default_root_dir", "out"]
+    for entry in ("validate", "test", "predict"):
+        run(config, "--ckpt_path", str(folder), *root, entry=entry)
+    printed = capsys.readouterr().out
+    for name in ("one", "two", "prior"):
+        assert f"validation/{name}/accuracy" in printed
+        assert f"test/{name}/accuracy" in printed
+    (predictions,) = Path("out").rglob("predictions.jsonl")
+    records = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert [r["task"] for r in records] == ["one"] * 5 + ["two"] * 5 + ["prior"] * 5
+    # The answers are those that the last retention row was made of.
+    scores = [float(r["response"].split() == r["answer"].split()) for r in records]
+    last = [cell["score"] for cell in report["matrix"][-1]]
+    assert [sum(scores[i : i + 5]) / 5 for i in (0, 5, 10)] == pytest.approx(last)
+
+
+def test_last_means_the_newest_run(config: dict[str, Any]) -> None:
+    root = ["--trainer.default_root_dir", "out"]
+    short = run(config, *root, "--trainer.max_epochs", "1")
+    resumed = run(config, *root, "--ckpt_path", "last")
+    whole = run(config, "--trainer.default_root_dir", "whole")
+    assert resumed != short
+    assert same(weights(resumed), weights(whole))
+    reports = [(folder / "retention.json").read_text() for folder in (resumed, whole)]
+    assert reports[0] == reports[1]
+
+
+def test_a_flag_wins_over_what_a_checkpoint_says(config: dict[str, Any]) -> None:
+    root = ["--trainer.default_root_dir", "out"]
+    run(config, *root, "--trainer.max_epochs", "1")
+    resumed = run(config, *root, "--ckpt_path", "last", "--model.temperature", "0.5")
+    written = yaml.safe_load((resumed / "config.yaml").read_text())
+    assert written["model"]["init_args"]["temperature"] == 0.5
+
+
+# ---------------------------------------------------------------- every configuration file
+
+
+def bases_of(file: Path) -> list[Path]:
+    """What an overlay stands on, as its first comment says: `-c base.yaml -c overlay.yaml`."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and "-m sdft" in line:
+            words = line.split()
+            named = [b for a, b in zip(words, words[1:], strict=False) if a in ("-c", "--config")]
+            return [ROOT / name for name in named]
+    raise AssertionError(f"{file} does not say how it is run")
+
+
+def test_there_are_configurations() -> None:
+    assert {"seq_skills.yaml", "smoke.yaml"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_configuration_parses(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    files = bases_of(file)
+    assert files[-1] == file, "its first comment runs it"
+    flags = [part for path in files for part in ("--config", str(path))]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *flags, "--print_config"])
+    assert stop.value.code == 0, capsys.readouterr().err
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["init_args"]["tasks"]
+    written = yaml.safe_load(file.read_text())
+    assert_contains(printed, written)
+
+
+def assert_contains(found: Any, written: Any, where: str = "") -> None:
+    """Every value of the file arrived where it should."""
+    if not isinstance(written, dict):
+        assert str(found) == str(written) or isinstance(written, list), where
+        return
+    for key, value in written.items():
+        holder = found if key in found else found["init_args"]
+        if key == "class_path":
+            assert holder[key].split(".")[-1] == value.split(".")[-1], where
+        else:
+            assert_contains(holder[key], value, f"{where}.{key}")
+
+
+def test_help_explains_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for words in ("--teacher.rate", "--retention.limit", "--checkpoint.every_n_steps"):
+        assert words in text
+    assert "Share of the student that enters at each update" in text
+
+
+# ---------------------------------------------------------------- real processes
+
+
+def sdft(*args: str, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "sdft", *args],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_process_can_be_resumed(config: dict[str, Any]) -> None:
+    config["data"]["steps"] = 40
+    config["checkpoint"] = {"every_n_steps": 1}
+    save(config)
+    process = sdft("fit", "--config", "config.yaml", "--trainer.default_root_dir", "killed")
+    folder = Path("killed/lightning_logs/version_0")
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert json.loads((folder / "retention.json").read_text())["matrix"]
+    resumed = run(config, "--trainer.default_root_dir", "killed", "--ckpt_path", "last")
+    whole = run(config, "--trainer.default_root_dir", "whole")
+    assert same(weights(resumed), weights(whole))
+    reports = [(f / "retention.json").read_text() for f in (resumed, whole)]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.slow
+def test_an_error_of_a_process_is_one_line_and_status_2(config: dict[str, Any]) -> None:
+    Path("train.jsonl").write_text('{"prompt": "a"\n')
+    save(config)
+    process = sdft("fit", "--config", "config.yaml")
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Traceback" not in told
+    assert "sdft: error: train.jsonl, line 1: broken JSON" in told
