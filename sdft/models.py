@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -77,9 +77,9 @@ class ModelSource:
         try:
             if "gguf_file" not in options:
                 AutoConfig.from_pretrained(self.location, **self.options)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                self.location, output_loading_info=True, **options
-            )
+            # With the report `from_pretrained` returns a pair, which its annotation leaves out.
+            load = cast(Any, AutoModelForCausalLM.from_pretrained)
+            model, report = load(self.location, output_loading_info=True, **options)
         except _LOAD_ERRORS as error:
             raise ValueError(f"cannot load a causal LM from {self.name!r}: {error}") from error
         if report["missing_keys"]:  # transformers would begin them at random
@@ -88,7 +88,7 @@ class ModelSource:
                 + ", ".join(sorted(report["missing_keys"])[:5])
             )
         # GGUF tensors are dequantised on loading whatever `dtype` says.
-        return model.to(dtype).eval()  # type: ignore[no-any-return, arg-type]
+        return cast(PreTrainedModel, model.to(dtype).eval())
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer; a missing chat template or pad token gets a default, said once.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,44 +176,47 @@ def make_module(model_dir: Path, **options: Any) -> SDFTModule:
     return SDFTModule(**settings | options)
 
 
+def run_fit(
+    folder: Path,
+    model_dir: Path,
+    root: str = "run",
+    module: StudentModule | None = None,
+    data: ContinualDataModule | None = None,
+    teacher: EMATeacher | None = None,
+    callbacks: Sequence[Any] = (),
+    ckpt_path: str | Path | None = None,
+    **options: Any,
+) -> tuple[Trainer, StudentModule]:
+    """Run a whole tiny fit below `folder`; returns the trainer and the trained module."""
+    seed_everything(7, verbose=False)
+    module = module or make_module(model_dir)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=TensorBoardLogger(folder / root, default_hp_metric=False),
+        callbacks=[
+            teacher or EMATeacher(rate=0.1),
+            Retention(),
+            Samples(2),
+            StageCheckpoint(every_n_steps=1),
+            *callbacks,
+        ],
+        **{
+            "max_epochs": -1,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **options,
+        },
+    )
+    trainer.fit(module, datamodule=data or make_data(), ckpt_path=ckpt_path)
+    return trainer, module
+
+
 @pytest.fixture
 def fit(tmp_path: Path, model_dir: Path) -> Callable[..., tuple[Trainer, StudentModule]]:
-    """Run a whole tiny fit; returns the trainer and the trained module."""
-
-    def run(
-        root: str = "run",
-        module: StudentModule | None = None,
-        data: ContinualDataModule | None = None,
-        teacher: EMATeacher | None = None,
-        callbacks: Sequence[Any] = (),
-        ckpt_path: str | Path | None = None,
-        **options: Any,
-    ) -> tuple[Trainer, StudentModule]:
-        seed_everything(7, verbose=False)
-        module = module or make_module(model_dir)
-        trainer = Trainer(
-            accelerator="cpu",
-            logger=TensorBoardLogger(tmp_path / root, default_hp_metric=False),
-            callbacks=[
-                teacher or EMATeacher(rate=0.1),
-                Retention(),
-                Samples(2),
-                StageCheckpoint(every_n_steps=1),
-                *callbacks,
-            ],
-            **{
-                "max_epochs": -1,
-                "num_sanity_val_steps": 0,
-                "log_every_n_steps": 1,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                **options,
-            },
-        )
-        trainer.fit(module, datamodule=data or make_data(), ckpt_path=ckpt_path)
-        return trainer, module
-
-    return run
+    """`run_fit` below the test's own folder."""
+    return partial(run_fit, tmp_path, model_dir)
 
 
 def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> Path:

@@ -8,12 +8,13 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_data, make_module, make_task, save_model
+from conftest import make_data, make_module, make_task, run_fit, save_model
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -38,18 +39,19 @@ class Overlap(Scorer):
 # Stages of 3 steps, batches of 4 from 6 rows: every pass ends in a smaller batch.
 CASES: dict[str, dict[str, Any]] = {
     "sdft": {},
-    "accumulation": {"accumulate_grad_batches": 2},
     "accumulation that does not divide": {"accumulate_grad_batches": 2, "data": {"epochs": 3}},
     "dropout": {"family": "gpt2"},
-    "optimizer reset": {"data": {"reset_optimizer_between_tasks": True}},
-    "sft": {"method": "sft"},
-    "sft with dropout, accumulation and reset": {
+    "clipping, optimizer reset and a slow teacher": {
+        "gradient_clip_val": 0.1,
+        "every_n_steps": 2,
+        "data": {"reset_optimizer_between_tasks": True},
+    },
+    "sft with dropout, accumulation and optimizer reset": {
         "method": "sft",
         "family": "gpt2",
         "accumulate_grad_batches": 2,
         "data": {"reset_optimizer_between_tasks": True},
     },
-    "clipping and a slow teacher": {"gradient_clip_val": 0.1, "every_n_steps": 2},
     "bf16 weights": {"precision": "bf16-true"},
 }
 
@@ -85,7 +87,9 @@ class Runs:
         self.options = options
         self.folder = save_model(tmp_path / "model", family=options.pop("family", "llama"))
 
-    def __call__(self, root: str, ckpt_path: Path | None = None) -> tuple[Trainer, StudentModule]:
+    def __call__(
+        self, root: str, ckpt_path: Path | None = None, **options: Any
+    ) -> tuple[Trainer, StudentModule]:
         every_step = ModelCheckpoint(
             self.steps,
             "{step}",
@@ -100,7 +104,7 @@ class Runs:
             EMATeacher(rate=0.1, every_n_steps=self.every_n_steps),
             [] if ckpt_path else [every_step],
             ckpt_path,
-            **self.options,
+            **self.options | options,
         )
 
     def step(self, number: int) -> Path:
@@ -195,37 +199,44 @@ def test_a_seed_matters(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # ---------------------------------------------------------------- killed
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.37, 0.81])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    delay: float, fit: Fit, tmp_path: Path
-) -> None:
-    runs = Runs(fit, tmp_path, {"data": {"steps": 12}})
+def killed(runs: Runs, root: Path) -> Path:
+    """Run in a process of its own, kill it at a random moment; returns its run's folder."""
+    folder = root / "lightning_logs" / "version_0"
     child = os.fork()
     if child == 0:
-        runs("killed")
+        runs(root.name)
         os._exit(0)
-    folder = tmp_path / "killed" / "lightning_logs" / "version_0"
-    last = folder / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 60
-    while not last.exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(delay * random.random())
+    while not (folder / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.4 * random.random())
     os.kill(child, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it had ended before it was killed"
-    assert len(json.loads((folder / "retention.json").read_text())["matrix"]) >= 1
-    resumed, module = runs("resumed", last)
-    trainer, whole = runs("whole")
-    assert_same(outcome(resumed, module), outcome(trainer, whole))
-    assert report(resumed) == report(trainer)
+    return folder
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(fit: Fit, tmp_path: Path) -> None:
+    runs = Runs(fit, tmp_path, {"data": {"steps": 10}})
+    trainer, module = runs("whole")
+    expected, retention = outcome(trainer, module), report(trainer)
+    for number in range(2):
+        folder = killed(runs, tmp_path / f"killed-{number}")
+        rows = json.loads((folder / "retention.json").read_text())["matrix"]
+        assert rows == retention["matrix"][: len(rows)]
+        resumed = runs(f"resumed-{number}", folder / "checkpoints" / "last.ckpt")
+        assert_same(outcome(*resumed), expected)
+        assert report(resumed[0]) == retention
 
 
 # ---------------------------------------------------------------- not this run's checkpoint
 
 
-@pytest.fixture
-def saved(fit: Fit, tmp_path: Path) -> tuple[Runs, Path]:
-    runs = Runs(fit, tmp_path, CASES["sdft"])
-    runs("whole")
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[Runs, Path]:
+    """A run's step checkpoint, and what makes more runs."""
+    folder = tmp_path_factory.mktemp("saved")
+    runs = Runs(partial(run_fit, folder, model_dir), folder, CASES["sdft"])
+    runs("whole", max_epochs=1)
     return runs, runs.step(2)
 
 
@@ -234,22 +245,34 @@ def saved(fit: Fit, tmp_path: Path) -> tuple[Runs, Path]:
     [("gpt2", {}), ("llama", {"hidden_size": 16}), ("llama", {"num_hidden_layers": 1})],
 )
 def test_another_model_is_refused(
-    saved: tuple[Runs, Path], tmp_path: Path, family: str, changes: dict[str, int]
+    saved: tuple[Runs, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    changes: dict[str, int],
 ) -> None:
     runs, path = saved
-    whole = runs.folder
-    runs.folder = save_model(tmp_path / "other", family=family, **changes)
+    whole, other = runs.folder, save_model(tmp_path / "other", family=family, **changes)
+    monkeypatch.setattr(runs, "folder", other)
     with pytest.raises(ValueError, match="belongs to another model") as error:
         runs("resumed", path)
     assert str(whole) in str(error.value)
-    assert str(runs.folder) in str(error.value)
+    assert str(other) in str(error.value)
 
 
-def test_another_method_is_refused_for_training_only(saved: tuple[Runs, Path]) -> None:
+def test_another_method_is_refused_for_training_only(
+    saved: tuple[Runs, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs, path = saved
-    runs.method = "sft"
+    monkeypatch.setattr(runs, "method", "sft")
     with pytest.raises(ValueError, match=r"method 'sdft'.*'sft'"):
         runs("resumed", path)
+    trainer = Trainer(logger=False, accelerator="cpu", default_root_dir=tmp_path)
+    module = build_module(runs.folder, "sft")
+    trainer.test(module, datamodule=stream(), ckpt_path=path, weights_only=True)
+    expected = torch.load(path, weights_only=True)["state_dict"]
+    state = module.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize("names", [("second", "first"), ("first",), ("first", "second", "third")])

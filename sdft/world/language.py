@@ -37,6 +37,9 @@ DOMAINS = (
     "kitchen", "garden", "harbour", "forest", "market", "station", "tower", "bridge",
 )  # fmt: skip
 """Domains of ambiguous words; any of them can be a new skill."""
+SEQUENCE = ("garden", "forest", "market")
+"""The shipped sequence of new skills: the first domains all of whose demonstrations the shipped
+base reads rightly. (In kitchen, harbour and station it misreads those of one word.)"""
 SYSTEM = "answer in your own way"
 """A system turn that changes nothing."""
 BRIEF = "answer now"

@@ -36,7 +36,7 @@ class WorldSkill(Task):
     """A new skill: the ambiguous words of one domain, each with its own target reading.
 
     Args:
-        domain: One of the world's ambiguous domains: kitchen, garden, harbour, forest, market,
+        domain: One of the ambiguous domains: kitchen, garden, harbour, forest, market,
             station, tower, bridge.
         name: Name of the task; the domain when not given.
         train_size: Number of training examples.

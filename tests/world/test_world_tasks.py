@@ -8,6 +8,7 @@ from sdft.tasks import Split
 from sdft.world import TEACHER_TEMPLATE, WorldScorer, WorldSkill, WorldSuite, language
 
 SKILL: dict[str, Any] = {"train_size": 300, "validation_size": 20, "test_size": 40}
+ODD: Any = "odd"
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -65,10 +66,10 @@ def test_a_suite_is_only_evaluated(kind: Literal["named", "basic"]) -> None:
     [
         (lambda: WorldSkill("attic"), r"domain: found 'attic', allowed are kitchen"),
         (lambda: WorldSkill("home"), r"domain: found 'home'"),
-        (lambda: WorldSuite("odd"), r"kind: found 'odd', allowed are named, basic"),
+        (lambda: WorldSuite(ODD), r"kind: found 'odd', allowed are named, basic"),
         (lambda: WorldSkill("kitchen", train_size=-1), r"train_size: found -1, allowed are 0"),
         (lambda: WorldSuite("named", test_size=10**7), r"test_size: found 10000000"),
-        (lambda: WorldSuite("named").examples("tests"), r"split: found 'tests'"),
+        (lambda: WorldSuite("named").examples(ODD), r"split: found 'odd'"),
     ],
 )
 def test_bad_arguments_are_named(make: Callable[[], Any], message: str) -> None:
