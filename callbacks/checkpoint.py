@@ -9,10 +9,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from sdft.callbacks.after_step import AfterStep
 from sdft.run import is_dry, run_folder, task_stream
 
 
-class StageCheckpoint(Checkpoint):
+class StageCheckpoint(AfterStep, Checkpoint):
     """Saves student, teacher, optimizer and position to `<run>/checkpoints/`.
 
     `stage-<number>-<task>.ckpt` is written when a stage ends, after its evaluation; `last.ckpt`
@@ -33,21 +34,11 @@ class StageCheckpoint(Checkpoint):
             raise ValueError(f"checkpoint.every_n_steps must be 0 or more, found {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.stages = stages
-        self._step_before = 0
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Note the step, to tell batches that end in an optimizer step from accumulation."""
-        self._step_before = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Write `last.ckpt` every so many optimizer steps, but not where the stage ends anyway."""
-        stepped = trainer.global_step != self._step_before
-        due = self.every_n_steps > 0 and trainer.global_step % max(1, self.every_n_steps) == 0
-        if stepped and due and not trainer.is_last_batch:
+        due = self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
+        if due and not trainer.is_last_batch:
             self._save(trainer, "last.ckpt")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

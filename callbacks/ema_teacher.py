@@ -6,10 +6,11 @@ import math
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sdft.callbacks.after_step import AfterStep
 from sdft.run import is_logged
 from sdft.student import StudentModule
 from sdft.weights import squared_distance
@@ -17,7 +18,7 @@ from sdft.weights import squared_distance
 KINDS = ("ema", "frozen", "live")
 
 
-class EMATeacher(Callback):
+class EMATeacher(AfterStep):
     """After every optimizer step: teacher ← teacher + rate · (student − teacher).
 
     The average is kept and computed in fp32 whatever the student's precision. Methods without a
@@ -49,7 +50,6 @@ class EMATeacher(Callback):
         self.kind = kind
         self.rate = {"ema": rate, "frozen": 0.0, "live": 1.0}[kind]
         self.every_n_steps = every_n_steps
-        self._step_before = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the teacher in fp32, also where the trainer's precision converted the module."""
@@ -57,18 +57,10 @@ class EMATeacher(Callback):
         if teacher is not None:
             teacher.float().eval().requires_grad_(False)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Note the step, to tell batches that end in an optimizer step from accumulation."""
-        self._step_before = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Update the teacher when the optimizer stepped and the cadence says so."""
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Update the teacher when the cadence says so."""
         teacher = _teacher(pl_module)
-        if teacher is None or trainer.global_step == self._step_before:
+        if teacher is None:
             return
         assert isinstance(pl_module, StudentModule)
         if trainer.global_step % self.every_n_steps == 0 and self.rate > 0:
