@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sdft.run import is_dry, run_folder
@@ -28,3 +30,5 @@ class ModelExport(Callback):
         folder = run_folder(trainer) / "model"
         pl_module.model.save_pretrained(folder)
         pl_module.tokenizer.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # written for the owner alone
+            shutil.copymode(folder / "config.json", weights)

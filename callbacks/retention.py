@@ -80,6 +80,8 @@ class Retention(Callback):
         clock = pl_module.phases
         clock.enter("evaluate")
         evaluated = task_stream(trainer).evaluated
+        if trainer.is_global_zero:
+            print(f"evaluating {', '.join(task.name for task in evaluated)} …")
         self.rows.append([self._cell(trainer, pl_module, task) for task in evaluated])
         clock.enter("")
         self._report(trainer, pl_module, seconds=clock.lap()["evaluate"])

@@ -174,7 +174,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         for path in config_files(sys.argv[1:] if args is None else args):
             check_yaml(path)
-        SDFTCLI(
+        cli = SDFTCLI(
             StudentModule,
             ContinualDataModule,
             subclass_mode_model=True,
@@ -195,6 +195,9 @@ def main(args: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if cli.trainer.received_sigterm:
+        print("sdft: terminated; go on with --ckpt_path last", file=sys.stderr)
+        return 143  # 128 + SIGTERM, as a shell says it
     return 0
 
 

@@ -102,7 +102,9 @@ class SDFTModule(StudentModule):
         self.phases.enter("update")
         student_logits_BTV = self.student_logits(batch, completion)
         loss = self.loss(student_logits_BTV, teacher_logits_BTV, self.loss_mask(completion))
+        self.phases.enter("track")
         self._log_step(batch, completion, loss, student_logits_BTV.detach())
+        self.phases.enter("update")  # backward and optimizer follow
         return loss
 
     def rollout(self, batch: Batch) -> Rollout:

