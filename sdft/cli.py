@@ -21,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import sdft.methods  # noqa: F401 - registers the methods' class names
 from sdft.callbacks import (
@@ -174,7 +175,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         for path in config_files(sys.argv[1:] if args is None else args):
             check_yaml(path)
-        cli = SDFTCLI(
+        SDFTCLI(
             StudentModule,
             ContinualDataModule,
             subclass_mode_model=True,
@@ -187,6 +188,9 @@ def main(args: list[str] | None = None) -> int:
             parser_class=Parser,
             args=args,
         )
+    except SIGTERMException:
+        print("sdft: terminated; go on with --ckpt_path last", file=sys.stderr)
+        return 143  # 128 + SIGTERM, as a shell says it
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK):
             raise
@@ -195,9 +199,6 @@ def main(args: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    if cli.trainer.received_sigterm:
-        print("sdft: terminated; go on with --ckpt_path last", file=sys.stderr)
-        return 143  # 128 + SIGTERM, as a shell says it
     return 0
 
 

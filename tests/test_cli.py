@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import TEMPLATE, echo_examples, write_jsonl
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft.cli import main
@@ -356,3 +357,14 @@ def test_an_error_of_a_process_is_one_line_and_status_2(config: dict[str, Any]) 
     assert process.returncode == 2
     assert "Traceback" not in told
     assert "sdft: error: train.jsonl, line 1: broken JSON" in told
+
+
+def test_a_terminated_run_says_so_and_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def terminated(*args: Any, **kwargs: Any) -> None:
+        raise SIGTERMException
+
+    monkeypatch.setattr("sdft.cli.SDFTCLI", terminated)
+    assert main(["fit"]) == 128 + signal.SIGTERM
+    assert "go on with --ckpt_path last" in capsys.readouterr().err
