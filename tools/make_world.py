@@ -1,7 +1,8 @@
 """Pretrain the embedded world's model and write it, with its tokenizer, as a Hugging Face folder.
 
-The shipped weights come from two runs on CPU (about 10 and 6 minutes on two free cores): the own
-style first, then more of it with a share of terse answers to a system turn that asks for them.
+The shipped weights come from two runs on CPU (29 and 14 minutes on a busy machine): the own style
+first, then more of it with a share of terse answers to a system turn that asks for them. These
+commands give an equivalent base, not the same bytes.
 
     python tools/make_world.py --out world1 --steps 3000 --brief 0 --compile
     python tools/make_world.py --out sdft/world/model --init world1 --seed 1 --steps 1500 \\
