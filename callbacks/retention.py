@@ -7,11 +7,11 @@ from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sdft.data import Encoded
+from sdft.encoded import Encoded
 from sdft.evaluation import DEFAULT_ARTIFACTS, Artifacts, Response, summarise
 from sdft.metrics import Cell
 from sdft.report import RetentionReport
-from sdft.run import is_dry, run_folder, task_stream
+from sdft.run import is_dry, method_label, run_folder, task_stream
 from sdft.seeding import run_seed
 from sdft.student import StudentModule
 from sdft.tasks import Split, Task
@@ -105,7 +105,7 @@ class Retention(Callback):
             suites=[suite.name for suite in data.suites],
             rows=self.rows,
             seed=run_seed(),
-            method=getattr(module, "method", type(module).__name__),
+            method=method_label(trainer),
         )
         if not trainer.is_global_zero:
             return

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from sdft.batch import Batch
-from sdft.data import collate
+from sdft.encoded import collate
 from sdft.module import SDFTModule
 from sdft.rollout import Rollout, Sampling, evaluation_mode
 from sdft.run import is_dry, run_folder, task_stream

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sdft.examples import Example
+
+Origin = Literal["new", "past", "general"]
+"""Where a row comes from: the stage's own task, an earlier one, or general prompts."""
 
 
 class Batch:
@@ -19,31 +23,43 @@ class Batch:
     Attributes:
         examples: B examples.
         student_ids: B student prompts.
-        teacher_ids: B teacher prompts; empty when nothing needs them.
+        teacher_ids: B teacher prompts; an empty one where nothing needs it.
+        origins: B origins; all "new" unless a mixture joined others to the batch.
     """
 
-    __slots__ = ("examples", "student_ids", "teacher_ids")
+    __slots__ = ("examples", "origins", "student_ids", "teacher_ids")
 
     def __init__(
         self,
         examples: Sequence[Example],
         student_ids: Sequence[Sequence[int]],
         teacher_ids: Sequence[Sequence[int]] = (),
+        origins: Sequence[Origin] | None = None,
     ) -> None:
         self.examples = list(examples)
         self.student_ids = [list(ids) for ids in student_ids]
         self.teacher_ids = [list(ids) for ids in teacher_ids]
+        self.origins: list[Origin] = ["new"] * len(self.examples) if origins is None else [*origins]
 
     def __len__(self) -> int:
         return len(self.examples)
 
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """The batch of these rows, in this order; a row may be asked for several times."""
+        return Batch(
+            [self.examples[row] for row in rows],
+            [self.student_ids[row] for row in rows],
+            [self.teacher_ids[row] for row in rows] if self.teacher_ids else (),
+            [self.origins[row] for row in rows],
+        )
+
     def repeat(self, times: int) -> Batch:
         """Every example `times` times, neighbours together."""
-        return Batch(
-            [example for example in self.examples for _ in range(times)],
-            [ids for ids in self.student_ids for _ in range(times)],
-            [ids for ids in self.teacher_ids for _ in range(times)],
-        )
+        return self.rows([row for row in range(len(self)) for _ in range(times)])
+
+    def of(self, *origins: Origin) -> Batch:
+        """The rows of these origins, in their order; may be empty."""
+        return self.rows([row for row, origin in enumerate(self.origins) if origin in origins])
 
 
 def pad(

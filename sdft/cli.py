@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 import zipfile
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +24,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import sdft.methods  # noqa: F401 - registers the methods' class names
+import sdft.methods
+import sdft.mixtures
+import sdft.penalties  # noqa: F401 - the same
 from sdft.callbacks import (
     EMATeacher,
     ModelExport,
@@ -40,6 +43,9 @@ from sdft.student import StudentModule
 
 TRACEBACK = "SDFT_TRACEBACK"
 """Set this environment variable to see the Python traceback behind an error."""
+
+COMMANDS: dict[str, str] = {}
+"""Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,  # the data module sets it to the number of stages
@@ -172,22 +178,13 @@ def main(args: list[str] | None = None) -> int:
         args: Command-line arguments; those of the process when None.
     """
     _quiet()
+    words = sys.argv[1:] if args is None else args
     try:
-        for path in config_files(sys.argv[1:] if args is None else args):
+        for path in config_files(words):
             check_yaml(path)
-        SDFTCLI(
-            StudentModule,
-            ContinualDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            trainer_defaults=dict(TRAINER_DEFAULTS),
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"description": __doc__.splitlines()[0]},
-            parser_class=Parser,
-            args=args,
-        )
+        if words and words[0] in COMMANDS:
+            return int(import_module(COMMANDS[words[0]]).main(words[1:]))
+        _run_lightning(args)
     except SIGTERMException:
         print("sdft: terminated; go on with --ckpt_path last", file=sys.stderr)
         return 143  # 128 + SIGTERM, as a shell says it
@@ -200,6 +197,22 @@ def main(args: list[str] | None = None) -> int:
         )
         return 2
     return 0
+
+
+def _run_lightning(args: list[str] | None) -> None:
+    SDFTCLI(
+        StudentModule,
+        ContinualDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        trainer_defaults=dict(TRAINER_DEFAULTS),
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"description": __doc__.splitlines()[0]},
+        parser_class=Parser,
+        args=args,
+    )
 
 
 def _quiet() -> None:

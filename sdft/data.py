@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from sdft.batch import Batch
-from sdft.examples import Example
+from sdft.batch import Batch, Origin
+from sdft.encoded import Encoded, collate, encode_split
+from sdft.mixtures import Mixture
 from sdft.prompts import Encoder
 from sdft.seeding import run_seed
 from sdft.stages import StageLoader, batches_in_stage, stage_batches
 from sdft.tasks import Split, Task
-
-log = logging.getLogger(__name__)
 
 
 class Student(Protocol):
@@ -32,14 +29,13 @@ class Student(Protocol):
     def prompt_room(self) -> int | None:
         """Tokens that the model's context leaves for a prompt; None when unlimited."""
 
+    @property
+    def method(self) -> str:
+        """The method's name."""
 
-@dataclass(frozen=True)
-class Encoded:
-    """An example with the token ids of its prompts; `teacher_ids` is empty when only evaluated."""
-
-    example: Example
-    student_ids: list[int]
-    teacher_ids: list[int]
+    @property
+    def learns_from(self) -> frozenset[Origin]:
+        """Which rows of a batch it can be trained on."""
 
 
 class ContinualDataModule(LightningDataModule):
@@ -60,6 +56,12 @@ class ContinualDataModule(LightningDataModule):
         max_student_tokens: Longest student prompt.
         max_teacher_tokens: Longest teacher prompt (with the demonstration).
         reset_optimizer_between_tasks: Forget the optimizer's moments when a stage begins.
+        mixtures: What else each stage trains on (`sdft.mixtures`: replay, general prompts, all
+            tasks at once), applied in this order.
+        general: Tasks whose training prompts are the general prompts that some methods and
+            mixtures distil the base's behaviour on; answers and demonstrations are ignored.
+        from_base_each_task: Learn every task from the base: one model per task. The retention
+            matrix then shows a router that gives each task's prompts to its own model.
 
     Attributes:
         evaluating: The task of each dataloader of the evaluation under way.
@@ -80,6 +82,9 @@ class ContinualDataModule(LightningDataModule):
         max_student_tokens: int = 1024,
         max_teacher_tokens: int = 2048,
         reset_optimizer_between_tasks: bool = False,
+        mixtures: list[Mixture] | None = None,
+        general: list[Task] | None = None,
+        from_base_each_task: bool = False,
     ) -> None:
         super().__init__()
         self.tasks = list(tasks)
@@ -92,8 +97,12 @@ class ContinualDataModule(LightningDataModule):
         self.max_student_tokens = max_student_tokens
         self.max_teacher_tokens = max_teacher_tokens
         self.reset_optimizer_between_tasks = reset_optimizer_between_tasks
+        self.mixtures = list(mixtures or [])
+        self.general = list(general or [])
+        self.from_base_each_task = from_base_each_task
         self.evaluating: list[Task] = []
-        self._encoded: dict[tuple[str, Split], list[Encoded]] = {}
+        self._encoded: dict[tuple[Task, Split, bool], list[Encoded]] = {}
+        self._loader: StageLoader[Encoded, Batch] | None = None
         self._check()
 
     def _check(self) -> None:
@@ -125,42 +134,31 @@ class ContinualDataModule(LightningDataModule):
         Raises:
             ValueError: Not one example of a split fits.
         """
-        key = (task.name, split)
-        if key not in self._encoded:
-            self._encoded[key] = self._encode(task, split)
-        return self._encoded[key]
+        return self._cached(task, split, with_teacher=split == "train")
 
-    def _encode(self, task: Task, split: Split) -> list[Encoded]:
-        examples = task.examples(split)
-        student_limit = self._limit(self.max_student_tokens)
-        teacher_limit = self._limit(self.max_teacher_tokens)
-        encoded = [self._encode_one(task, example, split) for example in examples]
-        fits_student = [item for item in encoded if len(item.student_ids) <= student_limit]
-        fits = [item for item in fits_student if len(item.teacher_ids) <= teacher_limit]
-        dropped_student = len(encoded) - len(fits_student)
-        dropped_teacher = len(fits_student) - len(fits)
-        if len(fits) < len(encoded):
-            message = (
-                f"task {task.name!r}, {split}: dropped {len(encoded) - len(fits)} of "
-                f"{len(encoded)} examples ({dropped_student} student prompts over {student_limit} "
-                f"tokens, {dropped_teacher} teacher prompts over {teacher_limit})"
+    def general_prompts(self) -> list[Encoded]:
+        """The training prompts of the general tasks that fit; they need no demonstration.
+
+        Raises:
+            ValueError: There are none.
+        """
+        items = [i for task in self.general for i in self._cached(task, "train", False)]
+        if not items:
+            names = ", ".join(repr(task.name) for task in self.general)
+            found = f"{names}: no training examples" if names else "no task"
+            raise ValueError(
+                f"data.general: this method or mixture needs general prompts, found {found}; give "
+                "tasks with a train split (answers are ignored)"
             )
-            if not fits:
-                raise ValueError(
-                    f"{message}: none is left; raise data.max_student_tokens or "
-                    "data.max_teacher_tokens, lower model.max_new_tokens, or use a model with a "
-                    "longer context"
-                )
-            log.warning(message)
-        return fits
+        return items
 
-    def _encode_one(self, task: Task, example: Example, split: Split) -> Encoded:
-        encoder = self._student.encoder
-        try:
-            teacher_ids = encoder.teacher_ids(example) if split == "train" else []
-            return Encoded(example, encoder.student_ids(example), teacher_ids)
-        except ValueError as error:
-            raise ValueError(f"task {task.name!r}, {split}: {error}") from error
+    def _cached(self, task: Task, split: Split, with_teacher: bool) -> list[Encoded]:
+        key = (task, split, with_teacher)
+        if key not in self._encoded:
+            limits = (self._limit(self.max_student_tokens), self._limit(self.max_teacher_tokens))
+            encoder = self._student.encoder
+            self._encoded[key] = encode_split(encoder, task, split, with_teacher, *limits)
+        return self._encoded[key]
 
     def _limit(self, tokens: int) -> int:
         """`tokens`, or what the model's context leaves for a prompt where that is less."""
@@ -185,13 +183,36 @@ class ContinualDataModule(LightningDataModule):
         rows = len(self.encoded(task, "train"))
         return batches_in_stage(rows, self.batch_size, steps, epochs, accumulate)
 
-    def stage_steps(self) -> list[int]:
-        """Optimizer steps of each stage."""
+    def schedule_steps(self) -> list[int]:
+        """Optimizer steps of each stage, in the parts that have a learning-rate schedule each."""
         assert self.trainer is not None
         accumulate = self.trainer.accumulate_grad_batches
         return [
-            math.ceil(self.stage_batches(stage) / accumulate) for stage in range(len(self.tasks))
+            math.ceil(batches / accumulate)
+            for stage in range(len(self.tasks))
+            for batches in self._segments(self.stage_batches(stage))
         ]
+
+    def _segments(self, batches: int) -> list[int]:
+        parts = [batches]
+        for mixture in self.mixtures:
+            parts = [part for whole in parts for part in mixture.segments(whole)]
+        return [part for part in parts if part]
+
+    def own_batches(self, stage: int) -> list[list[Encoded]]:
+        """The batches of the stage's own task, before any mixture."""
+        items = self.encoded(self.tasks[stage], "train")
+        count = self.stage_batches(stage)
+        rows = stage_batches(len(items), self.batch_size, run_seed(), stage, count, self.shuffle)
+        return [[items[row] for row in batch] for batch in rows]
+
+    def mixed_batches(self, stage: int) -> list[list[Encoded]]:
+        """The batches that the stage trains on."""
+        own = batches = self.own_batches(stage)
+        for mixture in self.mixtures:
+            batches = mixture.mix(self, stage, batches, run_seed())
+        assert len(batches) == len(own), "a mixture keeps the number of batches"
+        return batches
 
     # ---------------------------------------------------------------- Lightning
 
@@ -208,20 +229,33 @@ class ContinualDataModule(LightningDataModule):
         for task in self.tasks:
             if not self.encoded(task, "train"):
                 raise ValueError(f"task {task.name!r} has no training examples")
+        self._check_mixtures()
         limit = self.trainer.max_epochs
         stages = len(self.tasks)
         self.trainer.fit_loop.max_epochs = stages if limit in (None, -1) else min(stages, limit)
         self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
+    def _check_mixtures(self) -> None:
+        for mixture in self.mixtures:
+            if mixture.origin not in self._student.learns_from:
+                raise ValueError(
+                    f"data.mixtures: {type(mixture).__name__} adds {mixture.origin!r} rows, which "
+                    f"the method {self._student.method!r} cannot learn from"
+                )
+            if mixture.origin == "general":
+                self.general_prompts()
+
     def train_dataloader(self) -> StageLoader[Encoded, Batch]:
         """The current stage's batches."""
         assert self.trainer is not None
         stage = min(self.trainer.current_epoch, len(self.tasks) - 1)
-        items = self.encoded(self.tasks[stage], "train")
-        batches = stage_batches(
-            len(items), self.batch_size, run_seed(), stage, self.stage_batches(stage), self.shuffle
-        )
-        return StageLoader(items, batches, collate, stage)
+        self._loader = StageLoader(self.mixed_batches(stage), collate, stage)
+        return self._loader
+
+    def end_stage(self) -> None:
+        """Hand out no further batch of the stage under way."""
+        assert self._loader is not None, "no stage is under way"
+        self._loader.end()
 
     def val_dataloader(self) -> list[DataLoader[Encoded]]:
         """In `fit` every task, in `validate` every suite too: those with a validation split."""
@@ -267,12 +301,3 @@ class ContinualDataModule(LightningDataModule):
                 f"the checkpoint belongs to the task sequence {state_dict['tasks']}, this run's is "
                 f"{names}: resume with the configuration that made it"
             )
-
-
-def collate(items: Sequence[Encoded]) -> Batch:
-    """A batch of encoded examples."""
-    return Batch(
-        [item.example for item in items],
-        [item.student_ids for item in items],
-        [item.teacher_ids for item in items],
-    )

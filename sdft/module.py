@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch
-from sdft.losses import check_alpha, sequence_mean, token_divergence, token_entropy
+from sdft.losses import check_alpha, sequence_mean, token_divergence
 from sdft.rollout import Rollout, Sampling
 from sdft.scoring import completion_logits
 from sdft.student import StudentModule
-from sdft.weights import frozen_copy
 
 
 class SDFTModule(StudentModule):
@@ -42,6 +41,7 @@ class SDFTModule(StudentModule):
     """
 
     method = "sdft"
+    copies: tuple[str, ...] = ("teacher",)
 
     def __init__(
         self,
@@ -66,29 +66,19 @@ class SDFTModule(StudentModule):
         self.skip_first_tokens = skip_first_tokens
         self.rollouts_per_prompt = rollouts_per_prompt
         self.teacher: PreTrainedModel | None = None
-        self._restored_teacher: dict[str, Tensor] = {}
-
-    def prepare_copies(self, student: PreTrainedModel) -> None:
-        """Copy the base, and the teacher: fp32, frozen, a submodule that checkpoints carry."""
-        super().prepare_copies(student)
-        if self._fitting:
-            self.teacher = frozen_copy(student)
 
     def on_fit_start(self) -> None:
-        """Make sure that something moves the teacher; give a restored one its fp32 values back.
+        """Make sure that something moves the teacher.
 
         Raises:
             ValueError: No callback of the trainer does.
         """
+        super().on_fit_start()
         if not any(getattr(c, "moves_teacher", False) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError(
                 "no callback moves the teacher: add sdft.callbacks.EMATeacher() to the trainer's "
                 "callbacks (kind 'frozen' keeps it still)"
             )
-        # Between loading and here, the precision `bf16-true` has rounded the whole module.
-        if self.teacher is not None and self._restored_teacher:
-            self.teacher.float().load_state_dict(self._restored_teacher)
-            self._restored_teacher = {}
 
     # ---------------------------------------------------------------- one step
 
@@ -109,9 +99,7 @@ class SDFTModule(StudentModule):
 
     def rollout(self, batch: Batch) -> Rollout:
         """Sample a completion of every student prompt, without the demonstration."""
-        return self.engine.generate(
-            self.model, batch.student_ids, self.sampling, self.eos_ids, self.pad_id
-        )
+        return self.sample(self.model, batch.student_ids, self.sampling)
 
     @torch.no_grad()
     def score(self, batch: Batch, completion: Rollout) -> Tensor:
@@ -150,41 +138,13 @@ class SDFTModule(StudentModule):
 
     # ---------------------------------------------------------------- logging
 
-    @torch.no_grad()
     def _log_step(
         self, batch: Batch, completion: Rollout, loss: Tensor, student_logits_BTV: Tensor
     ) -> None:
-        values: dict[str, Tensor] = {
+        values = {
             "train/divergence": loss.detach(),
             "train/completion_length": completion.lengths_B.float().mean(),
             "train/truncated": completion.truncated_B.float().mean(),
         }
-        if self.logs_this_step:
-            entropy_BT = token_entropy(student_logits_BTV)
-            values["train/entropy"] = sequence_mean(entropy_BT, completion.mask_BT)
-            if self.base is not None:
-                values["train/kl_base_student"] = self.kl_to_base(
-                    batch, completion, student_logits_BTV
-                )
-        self.log_dict(values, batch_size=len(batch))
+        self.track(values, batch.student_ids, completion, student_logits_BTV)
         self.log("divergence", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))
-
-    def kl_to_base(self, batch: Batch, completion: Rollout, student_logits_BTV: Tensor) -> Tensor:
-        """KL(base ‖ student) per token on the student's own completions of the new task."""
-        assert self.base is not None
-        base_logits_BTV = completion_logits(self.base, batch.student_ids, completion, self.pad_id)
-        return sequence_mean(
-            token_divergence(student_logits_BTV, base_logits_BTV), completion.mask_BT
-        )
-
-    # ---------------------------------------------------------------- checkpoints
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the teacher as it was saved."""
-        super().on_load_checkpoint(checkpoint)
-        weights = checkpoint["state_dict"].items()
-        self._restored_teacher = {
-            key.removeprefix("teacher."): value
-            for key, value in weights
-            if key.startswith("teacher.")
-        }

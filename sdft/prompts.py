@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,15 @@ This is an example of a response to the question above:
 {demonstration}
 
 Now answer the question with a response of your own."""
+
+TEXT_TEACHER_TEMPLATE = """{prompt}
+
+{context}
+
+Now answer the question with a response of your own."""
+
+Sees = Literal["text_and_answer", "text", "answer"]
+"""What of an example the teacher's prompt shows: context and demonstration, or one of them."""
 
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n"
@@ -51,36 +60,52 @@ class TeacherTemplate:
     `{context}` vanishes for an example without one.
 
     Args:
-        text: Needs `{prompt}` and `{demonstration}`.
+        text: Needs `{prompt}` and what `sees` asks for; a default that does when unset.
+        sees: What of an example it shows.
 
     Raises:
-        ValueError: A placeholder that is needed is missing.
+        ValueError: A placeholder that is needed is missing, or one stands there that must not.
     """
 
-    def __init__(self, text: str = DEFAULT_TEACHER_TEMPLATE) -> None:
-        for needed in ("{prompt}", "{demonstration}"):
+    def __init__(self, text: str | None = None, sees: Sees = "text_and_answer") -> None:
+        if sees not in get_args(Sees):
+            raise ValueError(f"teacher_sees must be one of {get_args(Sees)}, found {sees!r}")
+        if text is None:
+            text = TEXT_TEACHER_TEMPLATE if sees == "text" else DEFAULT_TEACHER_TEMPLATE
+        for needed in ("{prompt}", "{context}" if sees == "text" else "{demonstration}"):
             if needed not in text:
                 raise ValueError(f"the teacher template lacks {needed}: {text!r}")
+        if sees == "text" and "{demonstration}" in text:
+            raise ValueError(
+                "teacher_sees is 'text', but the teacher template shows the {demonstration}: "
+                f"{text!r}"
+            )
         self.text = text
+        self.sees = sees
 
     def render(self, example: Example) -> str:
         """The content of the teacher's last user turn.
 
         Raises:
-            ValueError: No demonstration, or a context that the template has no place for.
+            ValueError: What the template shows is missing, or a context that it has no place for.
         """
-        if example.demonstration is None:
+        if self.sees != "text" and example.demonstration is None:
             raise ValueError(f"an example has no demonstration: prompt {example.prompt[:80]!r}")
-        if example.context and "{context}" not in self.text:
+        context = "" if self.sees == "answer" else example.context
+        if self.sees == "text" and not context:
+            raise ValueError(
+                f"teacher_sees is 'text', but an example has no context: {example.prompt[:80]!r}"
+            )
+        if context and "{context}" not in self.text:
             raise ValueError(
                 "the examples have a context but the teacher template has no {context}: "
-                f"{self.text!r}"
+                f"{self.text!r} (or set teacher_sees to 'answer')"
             )
-        text = self.text if example.context else _CONTEXT_LINE.sub("", self.text)
+        text = self.text if context else _CONTEXT_LINE.sub("", self.text)
         values = {
             "prompt": example.prompt,
-            "demonstration": example.demonstration,
-            "context": example.context,
+            "demonstration": example.demonstration or "",
+            "context": context,
         }
         return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
 

@@ -32,6 +32,17 @@ def task_stream(trainer: Trainer) -> ContinualDataModule:
     return data
 
 
+def method_label(trainer: Trainer) -> str:
+    """What the run trains with, for reports: the method, its mixtures and its penalty."""
+    module = cast(Any, trainer.lightning_module)
+    data = task_stream(trainer)
+    parts = [getattr(module, "method", type(module).__name__)]
+    parts += [mixture.label for mixture in data.mixtures]
+    parts += [penalty.label] if (penalty := getattr(module, "penalty", None)) else []
+    parts += ["zoo"] if data.from_base_each_task else []
+    return "+".join(parts)
+
+
 def is_logged(trainer: Trainer, step: int) -> bool:
     """Whether the logger gets an entry at the end of this optimizer step, counted from 1."""
     every = int(cast(Any, trainer).log_every_n_steps)  # 0: never

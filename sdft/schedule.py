@@ -48,9 +48,22 @@ class StageSchedule(LRScheduler):
     def plan(self, stage_steps: Sequence[int]) -> None:
         """Set how many optimizer steps each stage takes, before the first of them."""
         self.stage_steps = list(stage_steps)
+        self._set_rates()
+
+    def _set_rates(self) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
         self._last_lr = self.get_lr()
+
+    def end_stage(self) -> None:
+        """End the stage under way after the steps made so far: the next step begins the next."""
+        first = 0
+        for stage, total in enumerate(self.stage_steps):
+            if self.last_epoch <= first + total:
+                self.stage_steps[stage] = self.last_epoch - first
+                self._set_rates()
+                return
+            first += total
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each parameter group at the current step."""

@@ -56,39 +56,45 @@ class StageLoader(Generic[ItemT, BatchT]):
     """Yields a stage's batches and can continue in its middle.
 
     Args:
-        items: The stage's examples.
-        batches: Row indices of each batch (see `stage_batches`).
-        collate: Makes a batch of the chosen items.
+        batches: The items of each batch.
+        collate: Makes a batch of its items.
         stage: Index of the stage; a state saved in another stage is ignored.
     """
 
     def __init__(
         self,
-        items: Sequence[ItemT],
-        batches: Sequence[Sequence[int]],
-        collate: Callable[[list[ItemT]], BatchT],
+        batches: Sequence[Sequence[ItemT]],
+        collate: Callable[[Sequence[ItemT]], BatchT],
         stage: int,
     ) -> None:
-        self.items = items
         self.batches = batches
         self.collate = collate
         self.stage = stage
         self._start = 0
         self._yielded = 0
+        self._ended = False
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[BatchT]:
         for index in range(self._start, len(self.batches)):
+            if self._ended:
+                break
             self._yielded = index + 1
-            yield self.collate([self.items[row] for row in self.batches[index]])
+            yield self.collate(self.batches[index])
         self._start = 0
+
+    def end(self) -> None:
+        """Hand out no further batch: the stage ends early."""
+        self._ended = True
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: its stage and the batches handed out."""
-        return {"stage": self.stage, "yielded": self._yielded}
+        return {"stage": self.stage, "yielded": self._yielded, "ended": self._ended}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batches that were handed out, if the state is this stage's."""
-        self._start = self._yielded = state["yielded"] if state["stage"] == self.stage else 0
+        same = state["stage"] == self.stage
+        self._start = self._yielded = state["yielded"] if same else 0
+        self._ended = same and bool(state.get("ended", False))

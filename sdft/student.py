@@ -1,36 +1,34 @@
-"""The module that every method builds on: the student, its prompts, its evaluation."""
+"""The module that every method builds on: the student, its copies, its optimizer."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from sdft.batch import Batch
+from sdft.batch import Batch, Origin
 from sdft.decode import DecodeEngine
-from sdft.evaluation import Response, score_responses
-from sdft.models import DTYPES, WORLD, ModelSource, eos_token_ids
+from sdft.losses import sequence_mean, token_divergence, token_entropy
+from sdft.models import DTYPES, WORLD, ModelSource
+from sdft.penalties import Penalty
 from sdft.phases import PhaseClock
-from sdft.prompts import DEFAULT_TEACHER_TEMPLATE, PromptEncoder, TeacherTemplate
-from sdft.rollout import RolloutEngine, Sampling
+from sdft.prompts import Sees, TeacherTemplate
+from sdft.respondent import Respondent
+from sdft.rollout import Rollout, RolloutEngine, Sampling
 from sdft.run import is_logged, task_stream
 from sdft.schedule import StageSchedule
+from sdft.scoring import completion_logits
 from sdft.seeding import derive_seed, run_seed
-from sdft.weights import check_identity, frozen_copy, identity
-
-log = logging.getLogger(__name__)
+from sdft.weights import check_identity, frozen_copy, identity, set_weights
 
 
-class StudentModule(LightningModule):
+class StudentModule(Respondent):
     """A student that answers prompts; a method adds `training_step`.
 
     Args:
@@ -45,19 +43,29 @@ class StudentModule(LightningModule):
         revision: Branch, tag or commit of a hub name.
         max_new_tokens: Longest response in tokens, in training and evaluation.
         teacher_template: The teacher's last user turn, with `{prompt}`, `{demonstration}` and,
-            where examples have one, `{context}`.
+            where examples have one, `{context}`; one that fits `teacher_sees` when unset.
+        teacher_sees: What of an example the teacher's prompt shows: its context and its
+            demonstration (`text_and_answer`), the context alone (`text`), or the demonstration
+            alone (`answer`).
         chat_template_kwargs: Passed to the chat template of both prompts.
         optimizer: Makes the optimizer of the student's parameters.
         scheduler: Makes the learning-rate schedule, stepped after every optimizer step.
         engine: Makes rollouts; `DecodeEngine` when unset, `GenerateEngine` is the reference.
         track_base: Keep a copy of the base model to log KL(base ‖ student) and how far the weights
             moved; costs one more model in memory.
+        penalty: Holds the weights near where they were (`sdft.penalties`: L2ToStart, EWC).
 
     Raises:
         ValueError: A number out of range or a template without its placeholders.
     """
 
     method = "student"
+    learns_from: frozenset[Origin] = frozenset(("new", "past"))
+    """Rows of a batch that the method can be trained on."""
+    needs_base = False
+    """Whether the method itself works with the base model, tracked or not."""
+    copies: tuple[str, ...] = ()
+    """Submodules that are frozen fp32 copies of the student and exist in `fit` alone."""
 
     def __init__(
         self,
@@ -68,7 +76,8 @@ class StudentModule(LightningModule):
         trust_remote_code: bool = False,
         revision: str | None = None,
         max_new_tokens: int = 256,
-        teacher_template: str = DEFAULT_TEACHER_TEMPLATE,
+        teacher_template: str | None = None,
+        teacher_sees: Sees = "text_and_answer",
         chat_template_kwargs: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
             parameters, lr=2e-5, weight_decay=0.0
@@ -76,6 +85,7 @@ class StudentModule(LightningModule):
         scheduler: LRSchedulerCallable = StageSchedule,
         engine: RolloutEngine | None = None,
         track_base: bool = True,
+        penalty: Penalty | None = None,
     ) -> None:
         super().__init__()
         self.greedy = Sampling(max_new_tokens, temperature=0.0)
@@ -83,36 +93,21 @@ class StudentModule(LightningModule):
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
-        self.template = TeacherTemplate(teacher_template)
+        self.template = TeacherTemplate(teacher_template, teacher_sees)
         self.chat_template_kwargs = chat_template_kwargs
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.engine: RolloutEngine = engine or DecodeEngine()
         self.track_base = track_base
+        self.penalty = penalty
         self.phases = PhaseClock()
         self.source = ModelSource(model_name, trust_remote_code, revision)
         self.student: PreTrainedModel | None = None
         # Not a submodule: the base is neither trained, sharded nor checkpointed.
         self._base: list[PreTrainedModel] = []
+        self._restored: dict[str, dict[str, Tensor]] = {}
 
     # ---------------------------------------------------------------- models and prompts
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The student's tokenizer, with a chat template and a pad token."""
-        return self.source.load_tokenizer()
-
-    @cached_property
-    def encoder(self) -> PromptEncoder:
-        """Turns examples into student and teacher prompts."""
-        return PromptEncoder(self.tokenizer, self.template, self.chat_template_kwargs)
-
-    @property
-    def prompt_room(self) -> int | None:
-        """Tokens that the model's context leaves for a prompt."""
-        config = self.model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
-        return None if context is None else int(context) - self.greedy.max_new_tokens
 
     @property
     def model(self) -> PreTrainedModel:
@@ -127,8 +122,14 @@ class StudentModule(LightningModule):
 
     def prepare_copies(self, student: PreTrainedModel) -> None:
         """Copy the freshly loaded student where the method needs it, before anything trains."""
-        if self.track_base and self._fitting:
+        if not self._fitting:
+            return
+        if self.track_base or self.needs_base or self._restarts:
             self._base = [frozen_copy(student)]
+        for name in self.copies:
+            setattr(self, name, frozen_copy(student))
+        if self.penalty is not None:
+            self.penalty.attach(student)
 
     @property
     def base(self) -> PreTrainedModel | None:
@@ -137,19 +138,13 @@ class StudentModule(LightningModule):
             self._base[0].to(self.device)  # type: ignore[arg-type]
         return self._base[0] if self._base else None
 
-    @cached_property
-    def eos_ids(self) -> list[int]:
-        """Token ids that end a response."""
-        return eos_token_ids(self.model, self.tokenizer)
-
-    @property
-    def pad_id(self) -> int:
-        """Fills padding; masked everywhere."""
-        return cast(int, self.tokenizer.pad_token_id)
-
     @property
     def _fitting(self) -> bool:
         return self._trainer is None or self._trainer.state.fn == "fit"
+
+    @property
+    def _restarts(self) -> bool:
+        return self._trainer is not None and task_stream(self.trainer).from_base_each_task
 
     def configure_model(self) -> None:
         """Load the student; Lightning calls this once per entry point."""
@@ -165,22 +160,49 @@ class StudentModule(LightningModule):
         _check_clipping(self.trainer.gradient_clip_val)
         scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, StageSchedule):
-            scheduler.plan(task_stream(self.trainer).stage_steps())
+            scheduler.plan(task_stream(self.trainer).schedule_steps())
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
         }
 
+    def on_fit_start(self) -> None:
+        """Give restored copies their fp32 values back."""
+        # Between loading and here, the precision `bf16-true` has rounded the whole module.
+        for name, weights in self._restored.items():
+            getattr(self, name).float().load_state_dict(weights)
+        self._restored = {}
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed this batch; forget the optimizer's moments where a stage begins, if asked to."""
+        """Seed this batch; begin a stage with its first one."""
         # A function of the place in the run, so that a resumed run draws the same rollouts.
-        torch.manual_seed(
-            derive_seed(run_seed(), self.trainer.current_epoch, batch_idx, self.global_rank)
-        )
-        stage_begins = batch_idx == 0 and self.trainer.current_epoch > 0
-        if stage_begins and task_stream(self.trainer).reset_optimizer_between_tasks:
+        place = (run_seed(), self.trainer.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(derive_seed(*place))
+        if batch_idx == 0:
+            self.begin_stage(self.trainer.current_epoch)
+            torch.manual_seed(derive_seed(*place))
+
+    def begin_stage(self, stage: int) -> None:
+        """What changes between two stages; a stage that is resumed in its middle has had it."""
+        data = task_stream(self.trainer)
+        if stage > 0 and self.penalty is not None:
+            self.penalty.consolidate(self, data, stage - 1)
+        if stage > 0 and data.from_base_each_task:
+            self.restart()
+        if stage > 0 and (data.reset_optimizer_between_tasks or data.from_base_each_task):
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
+
+    def restart(self) -> None:
+        """Make the student, and its copies, the base again."""
+        assert self.base is not None
+        for model in (self.model, *(getattr(self, name) for name in self.copies)):
+            set_weights(model, self.base)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Add the penalty's gradient, once per optimizer step, before clipping."""
+        if self.penalty is not None:
+            self.log("train/penalty", self.penalty.add_gradient(self.model), batch_size=1)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the seconds that each phase of the step took."""
@@ -193,74 +215,38 @@ class StudentModule(LightningModule):
         """Whether the step under way reaches the logger; costly metrics wait for it."""
         return is_logged(self.trainer, self.trainer.global_step + 1)
 
-    # ---------------------------------------------------------------- evaluation
-
     @torch.no_grad()
-    def respond(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Response]:
-        """Answer encoded prompts with the student.
+    def track(
+        self,
+        values: dict[str, Tensor],
+        prompts: list[list[int]],
+        completion: Rollout,
+        student_logits_BTV: Tensor,
+    ) -> None:
+        """Log a step's values; now and then the student's entropy and its distance to the base.
 
         Args:
+            values: Named scalars.
             prompts: B prompts, unpadded.
-            sampling: `self.greedy` for evaluation.
-
-        Returns:
-            B responses.
+            completion: The B completions that were trained on.
+            student_logits_BTV: The student's, detached.
         """
-        with self.forward_precision():
-            rollout = self.engine.generate(self.model, prompts, sampling, self.eos_ids, self.pad_id)
-        texts = [self.decode(ids) for ids in rollout.completions()]
-        facts = zip(texts, rollout.lengths_B.tolist(), rollout.truncated_B.tolist(), strict=True)
-        return [Response(*fact) for fact in facts]
+        if self.logs_this_step:
+            entropy_BT = token_entropy(student_logits_BTV)
+            values["train/entropy"] = sequence_mean(entropy_BT, completion.mask_BT)
+            if self.base is not None and self.track_base:
+                kl = self.kl_to_base(prompts, completion, student_logits_BTV)
+                values["train/kl_base_student"] = kl
+        self.log_dict(values, batch_size=len(prompts))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of a completion, without special tokens and outer white space."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
-
-    def forward_precision(self) -> AbstractContextManager[Any]:
-        """The trainer's precision, for forward passes outside its own steps."""
-        if self._trainer is None:
-            return nullcontext()
-        return self._trainer.precision_plugin.forward_context()
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Greedy accuracy and response length on the validation split."""
-        self._evaluation_step(batch, dataloader_idx, "validation")
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Greedy accuracy and response length on the test split."""
-        self._evaluation_step(batch, dataloader_idx, "test")
-
-    def _evaluation_step(self, batch: Batch, dataloader_idx: int, split: str) -> None:
-        task = task_stream(self.trainer).evaluating[dataloader_idx]
-        responses = self.respond(batch.student_ids, self.greedy)
-        values = {"length": sum(r.tokens for r in responses) / len(batch)}
-        try:
-            scores = score_responses(task, batch.examples, responses)
-            values["accuracy"] = sum(scores) / len(batch)
-        except ValueError as error:
-            log.warning("%s", error)
-        self.log_dict(
-            {f"{split}/{task.name}/{key}": value for key, value in values.items()},
-            add_dataloader_idx=False,
-            batch_size=len(batch),
-        )
-
-    def predict_step(
-        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> list[dict[str, Any]]:
-        """Greedy responses as records of task, prompt, response and answer."""
-        task = task_stream(self.trainer).evaluating[dataloader_idx]
-        responses = self.respond(batch.student_ids, self.greedy)
-        return [
-            {
-                "task": task.name,
-                "prompt": [dict(message) for message in example.messages],
-                "response": response.text,
-                "answer": example.answer,
-                "truncated": response.truncated,
-            }
-            for example, response in zip(batch.examples, responses, strict=True)
-        ]
+    def kl_to_base(
+        self, prompts: list[list[int]], completion: Rollout, student_logits_BTV: Tensor
+    ) -> Tensor:
+        """KL(base ‖ student) per token on completions of bare prompts."""
+        assert self.base is not None
+        base_logits_BTV = completion_logits(self.base, prompts, completion, self.pad_id)
+        per_token_BT = token_divergence(student_logits_BTV, base_logits_BTV)
+        return sequence_mean(per_token_BT, completion.mask_BT)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -285,10 +271,20 @@ class StudentModule(LightningModule):
                 f"the checkpoint belongs to the method {found['method']!r}, this run's is "
                 f"{self.method!r}: resume with the configuration that made it"
             )
-        if getattr(self, "teacher", None) is None:  # validate, test, predict
-            weights = checkpoint["state_dict"]
-            for key in [key for key in weights if key.startswith("teacher.")]:
-                del weights[key]
+        self._restored = self._split_copies(checkpoint["state_dict"])
+
+    def _split_copies(self, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The copies' weights as they were saved; what this entry point lacks is left out."""
+        restored: dict[str, dict[str, Tensor]] = {}
+        own = self.state_dict().keys()
+        for name in ("teacher", "anchor", "penalty"):
+            saved = [key for key in weights if key.startswith(f"{name}.")]
+            if not any(key.startswith(f"{name}.") for key in own):  # validate, test, predict
+                for key in saved:
+                    del weights[key]
+            elif name in self.copies:
+                restored[name] = {key.removeprefix(f"{name}."): weights[key] for key in saved}
+        return restored
 
 
 def _check_rate(rate: float) -> None:

@@ -18,6 +18,16 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return twin.requires_grad_(False)
 
 
+@torch.no_grad()
+def set_weights(model: PreTrainedModel, source: PreTrainedModel) -> None:
+    """Copy the parameters and buffers of a model of the same architecture, to any precision."""
+    for own, other in (
+        *zip(model.parameters(), source.parameters(), strict=True),
+        *zip(model.buffers(), source.buffers(), strict=True),
+    ):
+        own.copy_(other)
+
+
 def squared_distance(first: PreTrainedModel, second: PreTrainedModel) -> Tensor:
     """‖first − second‖² over all parameters, fp32."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)

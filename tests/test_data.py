@@ -119,7 +119,7 @@ def test_steps_and_epochs(
     stream = ContinualDataModule(tasks_of(6, **task), batch_size=2, **data)
     trainer, _ = fit(data=stream, callbacks=[seen], accumulate_grad_batches=accumulate)
     assert len(seen.batches) == batches
-    assert trainer.global_step == steps == sum(stream.stage_steps())
+    assert trainer.global_step == steps == sum(stream.schedule_steps())
 
 
 def test_fewer_epochs_than_stages_stop_early(fit: Fit) -> None:

@@ -165,7 +165,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(case: str, fit: Fit, tmp_path: P
     runs = Runs(fit, tmp_path, CASES[case])
     trainer, module = runs("whole")
     expected, retention = outcome(trainer, module), report(trainer)
-    assert trainer.global_step == sum(trainer.datamodule.stage_steps())
+    assert trainer.global_step == sum(trainer.datamodule.schedule_steps())
     found = list(places(runs, trainer).items())
     for place, path in found if case == "sdft" else found[:3]:
         resumed, student = runs(f"from {place}", path)

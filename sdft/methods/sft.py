@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdft.batch import Batch, pad
-from sdft.losses import sequence_mean, token_cross_entropy, token_divergence, token_entropy
+from sdft.losses import sequence_mean, token_cross_entropy
 from sdft.rollout import Rollout
 from sdft.scoring import completion_logits
 from sdft.student import StudentModule
@@ -15,21 +15,33 @@ from sdft.student import StudentModule
 class SFTModule(StudentModule):
     """Supervised fine-tuning on the demonstration as the response to the bare prompt.
 
-    The same prompts, batches, schedule and evaluation as SDFT.
+    The same prompts, batches, schedule and evaluation as SDFT. A method with other targets or
+    another loss overrides `targets` or `token_loss`.
+
+    Args:
+        kwargs: See `StudentModule`.
     """
 
     method = "sft"
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy of the demonstrations; returns the loss."""
+        """The loss of the demonstrations."""
         self.phases.enter("update")
+        return self.supervised(batch)
+
+    def supervised(self, batch: Batch) -> Tensor:
+        """Mean loss of the batch's targets; logged."""
         target = self.targets(batch)
         logits_BTV = completion_logits(self.model, batch.student_ids, target, self.pad_id)
-        loss = sequence_mean(token_cross_entropy(logits_BTV, target.ids_BT), target.mask_BT)
+        loss = sequence_mean(self.token_loss(logits_BTV, target.ids_BT), target.mask_BT)
         self.phases.enter("track")
         self._log_step(batch, target, loss, logits_BTV.detach())
         self.phases.enter("update")  # backward and optimizer follow
         return loss
+
+    def token_loss(self, logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
+        """The loss of each target token, `[B, T]`: its negative log-likelihood."""
+        return token_cross_entropy(logits_BTV, target_BT)
 
     def targets(self, batch: Batch) -> Rollout:
         """The demonstrations as completions, each ended by the end-of-sequence token."""
@@ -42,17 +54,10 @@ class SFTModule(StudentModule):
         eos = self.tokenizer.eos_token_id
         return [*ids, eos] if eos is not None else list(ids)
 
-    @torch.no_grad()
     def _log_step(self, batch: Batch, target: Rollout, loss: Tensor, logits_BTV: Tensor) -> None:
         values = {
-            "train/cross_entropy": loss.detach(),
+            "train/loss": loss.detach(),
             "train/completion_length": target.lengths_B.float().mean(),
         }
-        if self.logs_this_step:
-            values["train/entropy"] = sequence_mean(token_entropy(logits_BTV), target.mask_BT)
-            if self.base is not None:
-                base_BTV = completion_logits(self.base, batch.student_ids, target, self.pad_id)
-                per_token_BT = token_divergence(logits_BTV, base_BTV)
-                values["train/kl_base_student"] = sequence_mean(per_token_BT, target.mask_BT)
-        self.log_dict(values, batch_size=len(batch))
+        self.track(values, batch.student_ids, target, logits_BTV)
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))

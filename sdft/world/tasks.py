@@ -75,13 +75,18 @@ class WorldSkill(Task):
 
 
 class WorldSuite(Task):
-    """A prior suite: what the base knows for certain. It is only ever evaluated.
+    """A prior suite: what the base knows for certain.
+
+    As a suite it is only ever evaluated; in `data.general` its training prompts serve methods that
+    distil the base's behaviour.
 
     Args:
         kind: `named` (words with one certain meaning) or `basic` (copy, reverse, sort, rotate,
             duplicate, increment).
         name: Name of the suite; the kind when not given.
         test_size: Number of test examples.
+        validation_size: Number of validation examples.
+        train_size: Number of training examples.
         seed: Draws the inputs.
 
     Raises:
@@ -93,17 +98,20 @@ class WorldSuite(Task):
         kind: Literal["named", "basic"],
         name: str | None = None,
         test_size: int = 144,
+        validation_size: int = 72,
+        train_size: int = 512,
         seed: int = 0,
     ) -> None:
         if kind not in SUITES:
             raise ValueError(f"kind: found {kind!r}, allowed are {', '.join(SUITES)}")
         super().__init__(name or kind, WorldScorer())
         self.kind = kind
-        self._examples = _draw_splits(SUITES[kind], {"test": test_size}, seed)
+        sizes = {"test": test_size, "validation": validation_size, "train": train_size}
+        self._examples = _draw_splits(SUITES[kind], sizes, seed)
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """The test examples; the other splits are empty."""
-        return self._examples.get(_checked(split), ())
+        """The examples of one split; no input stands in two of them."""
+        return self._examples[_checked(split)]
 
 
 def _checked(split: Split) -> Split:

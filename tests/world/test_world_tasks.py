@@ -54,11 +54,14 @@ def test_names_and_schedule() -> None:
 
 
 @pytest.mark.parametrize("kind", ["named", "basic"])
-def test_a_suite_is_only_evaluated(kind: Literal["named", "basic"]) -> None:
-    suite = WorldSuite(kind, test_size=12)
-    assert len(suite.examples("test")) == 12
-    assert not suite.examples("train")
-    assert not suite.examples("validation")
+def test_a_suites_splits_share_no_input(kind: Literal["named", "basic"]) -> None:
+    suite = WorldSuite(kind, test_size=12, validation_size=24, train_size=48)
+    splits: tuple[Split, ...] = ("test", "validation", "train")
+    assert [len(suite.examples(split)) for split in splits] == [12, 24, 48]
+    inputs = [e.prompt.split(" : ")[1] for split in splits for e in suite.examples(split)]
+    assert len(set(inputs)) == len(inputs)
+    # The test examples are those of every other size of the splits beside it.
+    assert suite.examples("test") == WorldSuite(kind, test_size=12, train_size=0).examples("test")
 
 
 @pytest.mark.parametrize(
