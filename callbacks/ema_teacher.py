@@ -7,30 +7,35 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from sdft.callbacks.after_step import AfterStep
+from sdft.rounding import stochastic_round
 from sdft.run import is_logged
+from sdft.seeding import derive_seed, run_seed
 from sdft.student import StudentModule
 from sdft.weights import squared_distance
 
 KINDS = ("ema", "frozen", "live")
+STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class EMATeacher(AfterStep):
     """After every optimizer step: teacher ← teacher + rate · (student − teacher).
 
-    The average is kept and computed in fp32 whatever the student's precision. Methods without a
-    teacher are left alone. The teacher itself lives in the module, so checkpoints carry it.
+    The average is computed in fp32 whatever the student's precision. Methods without a teacher are
+    left alone. The teacher itself lives in the module, so checkpoints carry it.
 
     Args:
         kind: `ema`; `frozen`, a teacher that stays the base; `live`, one that is the student.
         rate: Share of the student that enters at each update of an `ema` teacher, in [0, 1].
         every_n_steps: Optimizer steps between updates.
+        storage: float32, or bfloat16 with stochastic rounding: half of the memory, and the average
+            still moves, with some noise. (Plain bfloat16 would stand almost still.)
 
     Raises:
-        ValueError: An unknown kind, a rate outside [0, 1] or a cadence below 1.
+        ValueError: An unknown kind or storage, a rate outside [0, 1] or a cadence below 1.
     """
 
     moves_teacher = True
@@ -40,6 +45,7 @@ class EMATeacher(AfterStep):
         kind: Literal["ema", "frozen", "live"] = "ema",
         rate: float = 0.01,
         every_n_steps: int = 1,
+        storage: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"teacher.kind must be one of {', '.join(KINDS)}, found {kind!r}")
@@ -47,15 +53,26 @@ class EMATeacher(AfterStep):
             raise ValueError(f"teacher.rate must lie in [0, 1], found {rate}")
         if every_n_steps < 1:
             raise ValueError(f"teacher.every_n_steps must be at least 1, found {every_n_steps}")
+        if storage not in STORAGE:
+            raise ValueError(
+                f"teacher.storage must be one of {', '.join(STORAGE)}, found {storage!r}"
+            )
+        self.storage = STORAGE[storage]
         self.kind = kind
         self.rate = {"ema": rate, "frozen": 0.0, "live": 1.0}[kind]
         self.every_n_steps = every_n_steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the teacher in fp32, also where the trainer's precision converted the module."""
+        """Keep the teacher as `storage` says, also where the trainer's precision converted it."""
         teacher = _teacher(pl_module)
         if teacher is not None:
             teacher.float().eval().requires_grad_(False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same once a checkpoint is restored, whatever precision that one had."""
+        teacher = _teacher(pl_module)
+        if teacher is not None:
+            teacher.to(self.storage)  # type: ignore[arg-type]
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Update the teacher when the cadence says so."""
@@ -64,25 +81,34 @@ class EMATeacher(AfterStep):
             return
         assert isinstance(pl_module, StudentModule)
         if trainer.global_step % self.every_n_steps == 0 and self.rate > 0:
-            update_average(teacher, pl_module.model, self.rate)
+            seed = derive_seed(run_seed(), "teacher", trainer.global_step)
+            update_average(teacher, pl_module.model, self.rate, seed)
         if is_logged(trainer, trainer.global_step) and pl_module.base is not None:
             moved = teacher_moved(teacher, pl_module.model, pl_module.base)
             pl_module.log("teacher/moved", moved, batch_size=len(batch))
 
 
 @torch.no_grad()
-def update_average(teacher: PreTrainedModel, student: PreTrainedModel, rate: float) -> None:
+def update_average(
+    teacher: PreTrainedModel, student: PreTrainedModel, rate: float, seed: int = 0
+) -> None:
     """teacher ← teacher + rate · (student − teacher), in fp32; buffers are copied.
 
     Args:
-        teacher: fp32 parameters, changed in place.
+        teacher: fp32 or bf16 parameters, changed in place.
         student: The same architecture, any precision.
-        rate: In [0, 1]; 1 makes the teacher equal to the student, exactly.
+        rate: In [0, 1]; 1 makes an fp32 teacher equal to the student, exactly.
+        seed: Of the stochastic rounding of bf16 parameters.
     """
     averages: list[Tensor] = list(teacher.parameters())
-    values = [parameter.detach().to(torch.float32) for parameter in student.parameters()]
-    assert all(average.dtype == torch.float32 for average in averages)
-    torch._foreach_lerp_(averages, values, rate)
+    values = [parameter.detach() for parameter in student.parameters()]
+    if averages[0].dtype == torch.float32:
+        torch._foreach_lerp_(averages, [value.float() for value in values], rate)
+    else:
+        generator = Generator(averages[0].device).manual_seed(seed)
+        for average, value in zip(averages, values, strict=True):
+            exact = average.float().lerp_(value.float(), rate)
+            average.copy_(stochastic_round(exact, generator))
     for target, source in zip(teacher.buffers(), student.buffers(), strict=True):
         target.copy_(source)
 

@@ -167,10 +167,10 @@ class StudentModule(Respondent):
         }
 
     def on_fit_start(self) -> None:
-        """Give restored copies their fp32 values back."""
+        """Give restored copies the values that were saved."""
         # Between loading and here, the precision `bf16-true` has rounded the whole module.
         for name, weights in self._restored.items():
-            getattr(self, name).float().load_state_dict(weights)
+            getattr(self, name).float().load_state_dict(weights)  # of bf16 copies, exact as well
         self._restored = {}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -176,6 +176,54 @@ def test_update_average_copies_buffers() -> None:
 # ---------------------------------------------------------------- only the student learns
 
 
+# ---------------------------------------------------------------- storage in bfloat16
+
+
+def motion(teacher: Any, base: State, target: Any) -> float:
+    """The share of the way from base to target that the teacher has gone."""
+    parts = [
+        ((own.float() - base[name]) @ (aim - base[name]), (aim - base[name]).square().sum())
+        for name, own, aim in (
+            (
+                name,
+                own.detach().flatten().double(),
+                target.get_parameter(name).detach().flatten().double(),
+            )
+            for name, own in teacher.named_parameters()
+        )
+    ]
+    return sum(a.item() for a, _ in parts) / sum(b.item() for _, b in parts)
+
+
+def test_a_bfloat16_teacher_keeps_the_motion_of_the_fp32_one() -> None:
+    student = make_model().bfloat16().float()
+    teachers = {dtype: frozen_copy(student).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    base = {name: p.detach().flatten().double() for name, p in student.named_parameters()}
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.01)  # a gap of 1 %, two steps of bfloat16 at most
+    for step in range(250):
+        for teacher in teachers.values():
+            update_average(teacher, student, 0.01, seed=step)
+    exact = motion(teachers[torch.float32], base, student)
+    assert exact == pytest.approx(1 - 0.99**250, abs=1e-4)
+    assert motion(teachers[torch.bfloat16], base, student) >= 0.98 * exact
+
+
+def test_the_storage_of_a_run_resumes_bit_for_bit(fit: Fit) -> None:
+    def run(root: str, **options: Any) -> Any:
+        teacher = EMATeacher(rate=0.1, storage="bfloat16")
+        return fit(root=root, teacher=teacher, **options)
+
+    trainer, whole = run("whole")
+    assert {p.dtype for p in whole.teacher.parameters()} == {torch.bfloat16}
+    stage = Path(trainer.log_dir) / "checkpoints" / "stage-1-first.ckpt"
+    _, resumed = run("resumed", ckpt_path=stage)
+    assert {p.dtype for p in resumed.teacher.parameters()} == {torch.bfloat16}
+    assert_equal(copied(resumed.teacher), copied(whole.teacher))
+    assert_equal(copied(resumed.student), copied(whole.student))
+
+
 def test_the_teacher_takes_no_gradient_and_is_not_optimised(fit: Fit) -> None:
     seen: list[bool] = []
 
@@ -255,6 +303,7 @@ def test_moved_is_a_ratio_of_distances() -> None:
     ("options", "named"),
     [
         ({"kind": "EMA"}, "teacher.kind must be one of ema, frozen, live, found 'EMA'"),
+        ({"storage": "float16"}, "teacher.storage must be one of float32, bfloat16, found"),
         ({"rate": -0.1}, r"teacher.rate must lie in \[0, 1\], found -0.1"),
         ({"rate": 1.1}, r"teacher.rate must lie in \[0, 1\], found 1.1"),
         ({"rate": math.nan}, "teacher.rate must lie"),
