@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from sdft.chunked import chunked_divergence
 from sdft.divergence import check_alpha, kl, log_probs
 from sdft.topk import TopK, topk_divergence, topk_targets
 
 __all__ = [
     "TopK",
     "check_alpha",
+    "chunked_divergence",
     "sequence_mean",
+    "sequence_weights",
     "token_cross_entropy",
     "token_divergence",
     "token_entropy",
@@ -90,6 +93,14 @@ def sequence_mean(per_token: Tensor, mask: Tensor) -> Tensor:
     counts_B = mask.sum(-1)
     means_B = totals_B / counts_B.clamp(min=1)
     return means_B.sum() / (counts_B > 0).sum().clamp(min=1)
+
+
+def sequence_weights(mask: Tensor) -> Tensor:
+    """Weights whose weighted sum is `sequence_mean`: `[B, T]` → `[B, T]`, fp32, 0 off the mask."""
+    mask = mask.bool()
+    counts_B = mask.sum(-1)
+    sequences = (counts_B > 0).sum().clamp(min=1)
+    return mask / (counts_B.clamp(min=1) * sequences)[:, None]
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
