@@ -123,7 +123,7 @@ class _Chunked(torch.autograd.Function):
             return None, None, hidden_ND, *[None] * 6
         head = _head_gradients(ctx, upstream_N, factors_N)
         weight_VD, bias_V = _as(head.weight_VD, weight_VD), _as(head.bias_V, bias_V)
-        return None, None, hidden_ND, weight_VD, bias_V, *[None] * 4
+        return None, None, hidden_ND, weight_VD, bias_V, None, None, None, None
 
 
 def _swept(
@@ -152,9 +152,8 @@ def _head_gradients(ctx: Any, upstream_N: Tensor, factors_N: Tensor) -> Gradient
 
 
 def _uniform(upstream_N: Tensor) -> bool:
-    if len(upstream_N) == 0 or upstream_N.stride(0) == 0:
-        return True
-    return bool((upstream_N == upstream_N[0]).all())
+    """Whether one factor serves all; 0 does not, since rows that do not count may hold NaN."""
+    return bool(((upstream_N == upstream_N[:1]) & (upstream_N != 0)).all())
 
 
 def _times_rows(gradient_ND: Tensor, factors_N: Tensor) -> Tensor:

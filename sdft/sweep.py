@@ -100,7 +100,7 @@ class Sweep:
         self.gradients = Gradients.zeros(student, wanted, settings.dtype)
         self.weights_N = None if weights_N is None else weights_N.to(settings.dtype)
         # A mean's weights are small. Relative ones keep fp16 products in range.
-        self.scale = None if self.weights_N is None else _largest(self.weights_N)
+        self.scale = _largest(self.weights_N)
         self.student = _Logits(student, settings, settings.student_dtype)
         self.teacher = _Logits(teacher, settings, settings.teacher_dtype)
 
@@ -139,25 +139,30 @@ class Sweep:
             self._add(rows, student if slope is None else student.mul_(slope))
 
     def _add(self, rows: Rows, gradient: Tensor) -> None:
-        """Carry the gradient of the chunk's logits on to hidden states and head."""
+        """Carry the gradient of the chunk's logits, `[rows, V]`, on to hidden states and head."""
         product = gradient.to(self.settings.student_dtype)
         if self.gradients.hidden_ND is not None:
             hidden = product @ self.student.weight_VD
             self.gradients.hidden_ND[rows] = hidden.to(self.gradients.hidden_ND.dtype)
-        if self.scale is None or self.weights_N is None:
-            weights = None
-        else:
-            weights = self.weights_N[rows] / self.scale
         if self.gradients.weight_VD is not None:
-            hidden = self.student.hidden_ND[rows].to(gradient.dtype)
-            weighted = hidden if weights is None else hidden * weights[:, None]
             total = self.gradients.weight_VD[: self.settings.vocabulary]
             # A GPU multiplies in the narrow type and sums in fp32; elsewhere all is fp32.
             narrow = product.is_cuda and total.dtype == torch.float32
-            _add_product(total, product if narrow else gradient, weighted)
+            _add_product(total, product if narrow else gradient, self._weighted_hidden(rows))
         if self.gradients.bias_V is not None:
-            summed = gradient.sum(0) if weights is None else weights @ gradient
-            self.gradients.bias_V[: self.settings.vocabulary] += summed
+            total = self.gradients.bias_V[: self.settings.vocabulary]
+            total.addmv_(gradient.t(), self._relative_weights(rows, len(gradient)))
+
+    def _relative_weights(self, rows: Rows, count: int) -> Tensor:
+        if self.weights_N is None:
+            return self.values_N.new_ones(count)
+        return self.weights_N[rows] / self.scale
+
+    def _weighted_hidden(self, rows: Rows) -> Tensor:
+        hidden = self.student.hidden_ND[rows].to(self.settings.dtype)
+        if self.weights_N is None:
+            return hidden
+        return hidden * self._relative_weights(rows, len(hidden))[:, None]
 
     def _finish(self) -> None:
         if self.weights_N is not None:
@@ -166,8 +171,7 @@ class Sweep:
             self.gradients.hidden_ND.div_(self.settings.temperature)
         for summed in (self.gradients.weight_VD, self.gradients.bias_V):
             if summed is not None:
-                summed.mul_(1.0 if self.scale is None else self.scale)
-                summed.div_(self.settings.temperature)
+                summed.mul_(self.scale / self.settings.temperature)
 
 
 class _Logits:
@@ -214,7 +218,9 @@ def _add_product(total_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor) -> No
         total.add_(torch.mm(gradient.t(), hidden_ND, out_dtype=total_VD.dtype))
 
 
-def _largest(weights_N: Tensor) -> Tensor:
-    """The largest absolute weight, 1 if there is none."""
-    largest = weights_N.abs().amax() if len(weights_N) else weights_N.new_ones(())
+def _largest(weights_N: Tensor | None) -> Tensor | float:
+    """The largest absolute weight; 1 if none is above 0."""
+    if weights_N is None or len(weights_N) == 0:
+        return 1.0
+    largest = weights_N.abs().amax()
     return torch.where(largest > 0, largest, torch.ones_like(largest))

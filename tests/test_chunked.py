@@ -325,6 +325,15 @@ def test_sequence_weights_give_the_mean_over_tokens_then_sequences() -> None:
     assert torch.equal(sequence_weights(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
+def test_an_upstream_of_zero_hides_everything() -> None:
+    inputs = make_inputs(28)
+    inputs.student[0][3] = math.nan
+    leaves = inputs.leaves()
+    value = chunked(leaves, inputs.teacher)
+    for found in gradients(torch.where(torch.zeros(N).bool(), value, 0.0).sum(), leaves):
+        assert (found == 0).all()
+
+
 @pytest.mark.parametrize("weighted", [True, False])
 def test_no_tokens(weighted: bool) -> None:
     inputs = make_inputs(18, n=0)
@@ -388,6 +397,33 @@ def test_mass_where_the_student_has_none_is_infinite() -> None:
     inputs.student[2][5] = -math.inf
     assert (chunked(inputs.student, inputs.teacher) == math.inf).all()
     assert chunked(inputs.student, inputs.teacher, alpha=1.0).isfinite().all()
+
+
+def test_mass_where_the_teacher_has_none() -> None:
+    inputs = make_inputs(29)
+    inputs.teacher[2][5] = -math.inf
+    for alpha in (0.0, 0.5):
+        leaves = inputs.leaves()
+        found, expected = (
+            function(leaves, inputs.teacher, alpha=alpha) for function in (chunked, plain)
+        )
+        torch.testing.assert_close(found, expected, **EXACT)
+        assert_equal(gradients(found.sum(), leaves), gradients(expected.sum(), leaves))
+    assert (chunked(inputs.student, inputs.teacher, alpha=1.0) == math.inf).all()
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_probabilities_that_underflow_on_both_sides(alpha: float) -> None:
+    inputs = make_inputs(30, dtype=torch.float32)
+    for side in (inputs.student, inputs.teacher):
+        side[1].mul_(100.0)
+    leaves = inputs.leaves()
+    found, expected = (
+        function(leaves, inputs.teacher, alpha=alpha) for function in (chunked, plain)
+    )
+    assert (plain(leaves, inputs.teacher).exp() == math.inf).any()  # far apart, they are
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert all(gradient.isfinite().all() for gradient in gradients(found.sum(), leaves))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # untied and tied
@@ -492,8 +528,12 @@ def test_on_a_gpu_it_is_what_it_is_on_the_cpu(dtype: torch.dtype) -> None:
     inputs = make_inputs(26, dtype=dtype)
     leaves = inputs.leaves()
     moved = tuple(leaf.detach().cuda().requires_grad_() for leaf in leaves)
-    found = chunked(moved, tuple(tensor.cuda() for tensor in inputs.teacher), alpha=0.5)
-    expected = chunked(leaves, inputs.teacher, alpha=0.5)
+    weights_N = torch.full((N,), 1e-7)  # fp16 products would lose them
+    options: dict[str, Any] = {"alpha": 0.5, "weights_N": weights_N}
+    expected = chunked(leaves, inputs.teacher, **options) * 2**20
+    options["weights_N"] = weights_N.cuda()
+    teacher = tuple(tensor.cuda() for tensor in inputs.teacher)
+    found = chunked(moved, teacher, **options) * 2**20
     near = 1e-4 if dtype == torch.float32 else 0.02
     pairs = zip(
         (found, *gradients(found.sum(), moved)),
