@@ -202,6 +202,13 @@ def test_patience_starts_afresh_in_every_stage(fit: Fit) -> None:
     assert [line["stale"] for line in lines(trainer)] == [0, 1, 2] * 2
 
 
+def test_probes_are_counted_from_the_start_of_each_stage(fit: Fit) -> None:
+    scripts = {"first": RISING, "second": RISING}
+    trainer, _, _ = run(fit, scripts, data={"steps": 5})
+    found = [(line["step"], line["start"]) for line in lines(trainer)]
+    assert found == [(0, True), (2, False), (4, False), (5, True), (7, False), (9, False)]
+
+
 # ---------------------------------------------------------------- drops
 
 
