@@ -10,6 +10,7 @@ from sdft.callbacks.predictions import Predictions
 from sdft.callbacks.progress import StageProgressBar
 from sdft.callbacks.retention import Retention
 from sdft.callbacks.samples import Samples
+from sdft.callbacks.stage_watch import StageWatch
 
 __all__ = [
     "EMATeacher",
@@ -19,4 +20,5 @@ __all__ = [
     "Samples",
     "StageCheckpoint",
     "StageProgressBar",
+    "StageWatch",
 ]

@@ -35,6 +35,7 @@ from sdft.callbacks import (
     Samples,
     StageCheckpoint,
     StageProgressBar,
+    StageWatch,
 )
 from sdft.data import ContinualDataModule
 from sdft.messages import check_yaml, clear_message
@@ -72,8 +73,9 @@ class SDFTCLI(LightningCLI):
     """LightningCLI with the run's callbacks as top-level keys."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `teacher`, `retention`, `samples`, `checkpoint` and `export`."""
+        """Add `teacher`, `watch`, `retention`, `samples`, `checkpoint` and `export`."""
         parser.add_lightning_class_args(EMATeacher, "teacher")
+        parser.add_lightning_class_args(StageWatch, "watch")
         parser.add_lightning_class_args(Retention, "retention")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(StageCheckpoint, "checkpoint")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -11,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from sdft.batch import Batch, Origin
 from sdft.encoded import Encoded, collate, encode_split
-from sdft.mixtures import Mixture
+from sdft.mixtures import Mixture, stage_parts
 from sdft.prompts import Encoder
 from sdft.seeding import run_seed
-from sdft.stages import StageLoader, batches_in_stage, stage_batches
+from sdft.stages import StageLoader, batches_in_stage, stage_batches, steps_of_parts
 from sdft.tasks import Split, Task
 
 
@@ -184,20 +183,15 @@ class ContinualDataModule(LightningDataModule):
         return batches_in_stage(rows, self.batch_size, steps, epochs, accumulate)
 
     def schedule_steps(self) -> list[int]:
-        """Optimizer steps of each stage, in the parts that have a learning-rate schedule each."""
+        """Optimizer steps of each stage, as planned."""
+        return [sum(parts) for parts in self.schedule_parts()]
+
+    def schedule_parts(self) -> list[list[int]]:
+        """Optimizer steps of each stage's parts, which have a learning-rate schedule each."""
         assert self.trainer is not None
         accumulate = self.trainer.accumulate_grad_batches
-        return [
-            math.ceil(batches / accumulate)
-            for stage in range(len(self.tasks))
-            for batches in self._segments(self.stage_batches(stage))
-        ]
-
-    def _segments(self, batches: int) -> list[int]:
-        parts = [batches]
-        for mixture in self.mixtures:
-            parts = [part for whole in parts for part in mixture.segments(whole)]
-        return [part for part in parts if part]
+        stages = map(self.stage_batches, range(len(self.tasks)))
+        return [steps_of_parts(stage_parts(self.mixtures, n), accumulate) for n in stages]
 
     def own_batches(self, stage: int) -> list[list[Encoded]]:
         """The batches of the stage's own task, before any mixture."""

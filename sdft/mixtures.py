@@ -184,6 +184,14 @@ class Joint(Mixture):
         return dealt[first : first + len(batches)]
 
 
+def stage_parts(mixtures: Sequence[Mixture], batches: int) -> list[int]:
+    """A stage's batches in the parts that the mixtures make of them; none is empty."""
+    parts = [batches]
+    for mixture in mixtures:
+        parts = [part for whole in parts for part in mixture.segments(whole)]
+    return [part for part in parts if part]
+
+
 class _PromptDraw:
     """General prompts in passes, each pass shuffled anew, so that none is used much more often."""
 

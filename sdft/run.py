@@ -11,6 +11,7 @@ from typing import Any, cast
 from lightning.pytorch import Trainer
 
 from sdft.data import ContinualDataModule
+from sdft.schedule import StageSchedule
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -41,6 +42,27 @@ def method_label(trainer: Trainer) -> str:
     parts += [penalty.label] if (penalty := getattr(module, "penalty", None)) else []
     parts += ["zoo"] if data.from_base_each_task else []
     return "+".join(parts)
+
+
+def end_stage(trainer: Trainer) -> None:
+    """End the stage under way: the next optimizer step is the first of the next stage.
+
+    Call it where the optimizer has just stepped, as `AfterStep` does. The stage's validation,
+    retention row and checkpoint follow as at the end of any other; at a stage's last step it
+    changes nothing.
+    """
+    if trainer.is_last_batch:
+        return
+    batches = trainer.fit_loop.batch_idx + 1
+    assert batches % trainer.accumulate_grad_batches == 0, "gradients would be lost"
+    task_stream(trainer).end_stage()
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, StageSchedule):
+            config.scheduler.end_stage(trainer.current_epoch)
+    # Lightning validates at multiples of this; the next stage's loader sets it anew.
+    lightning = cast(Any, trainer)
+    if lightning.check_val_every_n_epoch is not None and lightning.val_check_batch is not None:
+        lightning.val_check_batch = batches
 
 
 def is_logged(trainer: Trainer, step: int) -> bool:

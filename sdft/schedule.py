@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -42,12 +43,17 @@ class StageSchedule(LRScheduler):
         self.warmup_steps = warmup_steps
         self.decay = decay
         self.floor = floor
-        self.stage_steps: list[int] = []
+        self.stage_steps: list[list[int]] = []
         super().__init__(optimizer)
 
-    def plan(self, stage_steps: Sequence[int]) -> None:
-        """Set how many optimizer steps each stage takes, before the first of them."""
-        self.stage_steps = list(stage_steps)
+    def plan(self, stage_steps: Sequence[int | Sequence[int]]) -> None:
+        """Set how many optimizer steps each stage takes, before the first of them.
+
+        Args:
+            stage_steps: A number per stage; a stage whose parts warm up and decay each on their
+                own has one number per part.
+        """
+        self.stage_steps = [[s] if isinstance(s, int) else list(s) for s in stage_steps]
         self._set_rates()
 
     def _set_rates(self) -> None:
@@ -55,15 +61,20 @@ class StageSchedule(LRScheduler):
             group["lr"] = rate
         self._last_lr = self.get_lr()
 
-    def end_stage(self) -> None:
-        """End the stage under way after the steps made so far: the next step begins the next."""
-        first = 0
-        for stage, total in enumerate(self.stage_steps):
-            if self.last_epoch <= first + total:
-                self.stage_steps[stage] = self.last_epoch - first
-                self._set_rates()
-                return
-            first += total
+    def end_stage(self, stage: int) -> None:
+        """End a stage, all its parts, after the steps made so far: the next step begins the next.
+
+        A stage whose planned steps are all made stays as it is; ending it twice changes nothing.
+
+        Args:
+            stage: Index of the stage under way. The steps alone would not tell: after a stage's
+                last step the next one, too, is under way, with no step made.
+        """
+        made = self.last_epoch - sum(map(sum, self.stage_steps[:stage]))
+        for part, total in enumerate(self.stage_steps[stage]):
+            self.stage_steps[stage][part] = min(total, max(0, made))
+            made -= total
+        self._set_rates()
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each parameter group at the current step."""
@@ -81,7 +92,7 @@ class StageSchedule(LRScheduler):
 
     def _place_in_stage(self) -> tuple[int, int]:
         step = max(0, self.last_epoch)
-        for total in self.stage_steps:
+        for total in chain.from_iterable(self.stage_steps):
             if step < total:
                 return step, total
             step -= total

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate as running_total
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -50,6 +52,17 @@ def batches_in_stage(
         return steps * accumulate
     assert epochs is not None
     return epochs * math.ceil(rows / batch_size)
+
+
+def steps_of_parts(parts: Sequence[int], accumulate: int) -> list[int]:
+    """Optimizer steps of each part of a stage; a step that spans two parts is the first one's.
+
+    Args:
+        parts: Batches of each part.
+        accumulate: Batches per optimizer step; the stage's last step takes what is left.
+    """
+    ends = [math.ceil(batches / accumulate) for batches in running_total(parts, initial=0)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 class StageLoader(Generic[ItemT, BatchT]):

@@ -160,7 +160,7 @@ class StudentModule(Respondent):
         _check_clipping(self.trainer.gradient_clip_val)
         scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, StageSchedule):
-            scheduler.plan(task_stream(self.trainer).schedule_steps())
+            scheduler.plan(task_stream(self.trainer).schedule_parts())
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},

@@ -106,6 +106,13 @@ def test_the_unbroken_run_works(config: dict[str, Any]) -> None:
         (["--data.steps", "-3"], "data.steps must be at least 1, found -3"),
         (["--data.epochs", "2"], "data.steps and data.epochs exclude each other"),
         (["--data.max_student_tokens", "2"], "task 'one', train: dropped 6 of 6 examples"),
+        (["--watch.limit", "0"], "watch.limit must be at least 1, found 0"),
+        (["--watch.on_drop", "panic"], "watch.on_drop: must be one of"),
+        (["--watch.every_n_steps", "1"], "method 'sdft' does not have: set watch.on_drop to stop"),
+        (
+            ["--watch.every_n_steps", "1", "--watch.on_drop", "stop"],
+            "no task or suite has validation examples",
+        ),
         (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val must be 0 or more"),
         (["--ckpt_path", "nope.ckpt"], "--ckpt_path 'nope.ckpt' does not exist"),
         (["--ckpt_path", "last"], "--ckpt_path last: no checkpoints/last.ckpt below out"),

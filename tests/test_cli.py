@@ -206,6 +206,17 @@ def test_without_a_logger(config: dict[str, Any]) -> None:
     assert not list(Path("out").rglob("events.out.*"))
 
 
+def test_a_watched_run(config: dict[str, Any]) -> None:
+    assert not (run(config) / "watch.jsonl").exists(), "off unless asked for"
+    folder = run(config, "--watch.every_n_steps", "1", "--watch.on_drop", "stop")
+    lines = (folder / "watch.jsonl").read_text().splitlines()
+    found = [(line["step"], list(line["scores"])) for line in map(json.loads, lines)]
+    one, two = ["one", "prior"], ["two", "one", "prior"]
+    assert found == [(0, one), (1, one), (2, two), (3, two)]
+    written = yaml.safe_load((folder / "config.yaml").read_text())["watch"]
+    assert (written["every_n_steps"], written["on_drop"], written["patience"]) == (1, "stop", 3)
+
+
 # ---------------------------------------------------------------- the other entry points
 
 
@@ -308,6 +319,7 @@ def test_help_explains_the_arguments(capsys: pytest.CaptureFixture[str]) -> None
     for words in ("--teacher.rate", "--retention.limit", "--checkpoint.every_n_steps"):
         assert words in text
     assert "Share of the student that enters at each update" in text
+    assert "steps between two probes of a stage; 0 watches nothing." in " ".join(text.split())
 
 
 # ---------------------------------------------------------------- real processes

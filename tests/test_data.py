@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from sdft import ContinualDataModule, Example, PythonTask
 from sdft.batch import Batch
 from sdft.data import Encoded, collate
+from sdft.mixtures import Joint, PastReplay, Reinvoke, stage_parts
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -120,6 +121,14 @@ def test_steps_and_epochs(
     trainer, _ = fit(data=stream, callbacks=[seen], accumulate_grad_batches=accumulate)
     assert len(seen.batches) == batches
     assert trainer.global_step == steps == sum(stream.schedule_steps())
+
+
+def test_the_parts_of_a_stage() -> None:
+    """Each mixture splits what the one before made of it; an empty part is none."""
+    assert stage_parts([], 10) == [10]
+    assert stage_parts([Reinvoke(share=0.3)], 10) == [7, 3]
+    assert stage_parts([Reinvoke(share=0.3)], 1) == [1]
+    assert stage_parts([PastReplay(), Reinvoke(0.5), Joint(), Reinvoke(0.5)], 8) == [2, 2, 2, 2]
 
 
 def test_fewer_epochs_than_stages_stop_early(fit: Fit) -> None:

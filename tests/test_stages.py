@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdft.seeding import derive_seed, run_seed
-from sdft.stages import StageLoader, batches_in_stage, stage_batches
+from sdft.stages import StageLoader, batches_in_stage, stage_batches, steps_of_parts
 
 
 @given(
@@ -77,6 +77,15 @@ def test_how_many_batches(
     assert batches_in_stage(rows, size, steps, epochs, accumulate) == expected
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 5))
+def test_parts_take_the_steps_of_their_whole(parts: list[int], accumulate: int) -> None:
+    """Whole parts or not: a step that spans two parts is counted once."""
+    found = steps_of_parts(parts, accumulate)
+    assert len(found) == len(parts)
+    for count in range(1, len(parts) + 1):
+        assert sum(found[:count]) == -(-sum(parts[:count]) // accumulate)
+
+
 # ---------------------------------------------------------------- the loader
 
 
@@ -103,8 +112,35 @@ def test_the_pass_after_a_restored_one_is_whole() -> None:
 
 def test_a_state_of_another_stage_is_ignored() -> None:
     second = loader(stage=1)
-    second.load_state_dict({"stage": 0, "yielded": 3})
+    second.load_state_dict({"stage": 0, "yielded": 3, "ended": True})
     assert list(second) == ["ab", "c", "de", "f"]
+
+
+@given(st.integers(0, 4))
+def test_an_ended_loader_yields_nothing_more(stop: int) -> None:
+    """Neither does one that is restored from it, however often it is asked."""
+    collated: list[list[str]] = []
+    first = StageLoader(["ab", "c", "de", "f"], lambda items: collated.append([*items]), 0)
+    batches = iter(first)
+    for _ in range(stop):
+        next(batches)
+    first.end()
+    first.end()
+    assert list(batches) == list(first) == []
+    assert len(collated) == stop, "no batch was made that is not handed out"
+    assert len(first) == 4
+    state = first.state_dict()
+    assert state == {"stage": 0, "yielded": stop, "ended": True}
+    second = loader()
+    second.load_state_dict(state)
+    assert second.state_dict() == state
+    assert list(second) == list(second) == []
+
+
+def test_a_state_from_before_stages_could_end_early() -> None:
+    second = loader()
+    second.load_state_dict({"stage": 0, "yielded": 2})
+    assert list(second) == ["de", "f"]
 
 
 # ---------------------------------------------------------------- seeds
