@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -14,7 +13,7 @@ from sdft.encoded import Encoded, collate, encode_split
 from sdft.mixtures import Mixture
 from sdft.prompts import Encoder
 from sdft.seeding import run_seed
-from sdft.stages import StageLoader, batches_in_stage, stage_batches
+from sdft.stages import StageLoader, batches_in_stage, part_steps, stage_batches
 from sdft.tasks import Split, Task
 
 
@@ -36,6 +35,10 @@ class Student(Protocol):
     @property
     def learns_from(self) -> frozenset[Origin]:
         """Which rows of a batch it can be trained on."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it changes the student at all."""
 
 
 class ContinualDataModule(LightningDataModule):
@@ -173,7 +176,9 @@ class ContinualDataModule(LightningDataModule):
     # ---------------------------------------------------------------- the schedule
 
     def stage_batches(self, stage: int) -> int:
-        """Training batches of a stage."""
+        """Training batches of a stage; one for a method that trains nothing."""
+        if not self._student.trains:
+            return 1
         task = self.tasks[stage]
         steps, epochs = task.steps, task.epochs
         if steps is None and epochs is None:
@@ -188,9 +193,9 @@ class ContinualDataModule(LightningDataModule):
         assert self.trainer is not None
         accumulate = self.trainer.accumulate_grad_batches
         return [
-            math.ceil(batches / accumulate)
+            steps
             for stage in range(len(self.tasks))
-            for batches in self._segments(self.stage_batches(stage))
+            for steps in part_steps(self._segments(self.stage_batches(stage)), accumulate)
         ]
 
     def _segments(self, batches: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -50,6 +51,18 @@ def batches_in_stage(
         return steps * accumulate
     assert epochs is not None
     return epochs * math.ceil(rows / batch_size)
+
+
+def part_steps(parts: Sequence[int], accumulate: int) -> list[int]:
+    """Optimizer steps of a stage's consecutive parts.
+
+    Args:
+        parts: Batches of each part.
+        accumulate: Batches per optimizer step, whatever their parts: a step that reaches into the
+            next part counts for the first. A stage's last step may have fewer.
+    """
+    ends = [math.ceil(batches / accumulate) for batches in itertools.accumulate(parts, initial=0)]
+    return [after - before for before, after in itertools.pairwise(ends)]
 
 
 class StageLoader(Generic[ItemT, BatchT]):
