@@ -36,6 +36,10 @@ class Student(Protocol):
     def learns_from(self) -> frozenset[Origin]:
         """Which rows of a batch it can be trained on."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether it changes the student at all."""
+
 
 class ContinualDataModule(LightningDataModule):
     """Trains on one task after another and knows everything that is evaluated.
@@ -172,7 +176,9 @@ class ContinualDataModule(LightningDataModule):
     # ---------------------------------------------------------------- the schedule
 
     def stage_batches(self, stage: int) -> int:
-        """Training batches of a stage."""
+        """Training batches of a stage; one for a method that trains nothing."""
+        if not self._student.trains:
+            return 1
         task = self.tasks[stage]
         steps, epochs = task.steps, task.epochs
         if steps is None and epochs is None:

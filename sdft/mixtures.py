@@ -159,8 +159,8 @@ class Reinvoke(Mixture):
         return [*batches[:kept], *(draw.take(stream.batch_size) for _ in batches[kept:])]
 
     def segments(self, batches: int) -> list[int]:
-        """The supervised part, then the general one."""
-        general = min(max(1, round(self.share * batches)), batches)
+        """The supervised part, then the general one; both have a batch where there are two."""
+        general = min(max(1, round(self.share * batches)), batches - 1)
         return [batches - general, general]
 
 

@@ -66,6 +66,11 @@ class Rollout:
         """Tokens per completion, `[B]`."""
         return self.mask_BT.sum(-1)
 
+    def rows(self, rows: Sequence[int]) -> Rollout:
+        """The completions of these rows, in this order; none loses a column."""
+        chosen = list(rows)
+        return Rollout(self.ids_BT[chosen], self.mask_BT[chosen], self.truncated_B[chosen])
+
     def completions(self) -> list[list[int]]:
         """The completions without their padding."""
         lengths = self.lengths_B.tolist()

@@ -25,7 +25,14 @@ from sdft.run import is_logged, task_stream
 from sdft.schedule import StageSchedule
 from sdft.scoring import completion_logits
 from sdft.seeding import derive_seed, run_seed
-from sdft.weights import check_identity, frozen_copy, identity, set_weights
+from sdft.weights import (
+    check_identity,
+    check_training,
+    frozen_copy,
+    identity,
+    set_weights,
+    split_copies,
+)
 
 
 class StudentModule(Respondent):
@@ -53,7 +60,8 @@ class StudentModule(Respondent):
         engine: Makes rollouts; `DecodeEngine` when unset, `GenerateEngine` is the reference.
         track_base: Keep a copy of the base model to log KL(base ‖ student) and how far the weights
             moved; costs one more model in memory.
-        penalty: Holds the weights near where they were (`sdft.penalties`: L2ToStart, EWC).
+        penalty: Holds the weights near where they were (`sdft.penalties`: L2ToStart, EWC); its
+            gradient joins the loss's once per optimizer step, before clipping.
 
     Raises:
         ValueError: A number out of range or a template without its placeholders.
@@ -66,6 +74,8 @@ class StudentModule(Respondent):
     """Whether the method itself works with the base model, tracked or not."""
     copies: tuple[str, ...] = ()
     """Submodules that are frozen fp32 copies of the student and exist in `fit` alone."""
+    trains = True
+    """Whether the method changes the student at all."""
 
     def __init__(
         self,
@@ -167,11 +177,14 @@ class StudentModule(Respondent):
         }
 
     def on_fit_start(self) -> None:
-        """Give restored copies the values that were saved."""
+        """Keep copies and penalty in fp32, as they were saved; check what the penalty needs."""
         # Between loading and here, the precision `bf16-true` has rounded the whole module.
-        for name, weights in self._restored.items():
-            getattr(self, name).float().load_state_dict(weights)  # of bf16 copies, exact as well
-        self._restored = {}
+        for name in (*self.copies, *(["penalty"] if self.penalty else [])):
+            kept = getattr(self, name).float()
+            if name in self._restored:
+                kept.load_state_dict(self._restored.pop(name))
+        if self.penalty is not None:
+            self.penalty.check(task_stream(self.trainer))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed this batch; begin a stage with its first one."""
@@ -185,7 +198,7 @@ class StudentModule(Respondent):
     def begin_stage(self, stage: int) -> None:
         """What changes between two stages; a stage that is resumed in its middle has had it."""
         data = task_stream(self.trainer)
-        if stage > 0 and self.penalty is not None:
+        if self.penalty is not None:
             self.penalty.consolidate(self, data, stage - 1)
         if stage > 0 and data.from_base_each_task:
             self.restart()
@@ -252,39 +265,27 @@ class StudentModule(Respondent):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which model and method the checkpoint belongs to."""
-        names = {"method": self.method, "model": self.model_name}
+        names = {"method": self.method, "model": self.model_name, "penalty": self._penalty_label}
         checkpoint["sdft"] = {**identity(self.model), **names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model or method; leave out a teacher that nobody needs.
+        """Refuse a checkpoint of another model or method; leave out copies that nobody needs.
 
         Raises:
             ValueError: Not a checkpoint of this project, of another architecture or size, or, when
-                training goes on, of another method.
+                training goes on, of another method or penalty.
         """
         found = checkpoint.get("sdft")
         if found is None:
             raise ValueError("the checkpoint was not written by sdft: it names no model")
         check_identity(self.model, self.model_name, found)
-        if self._fitting and found["method"] != self.method:
-            raise ValueError(
-                f"the checkpoint belongs to the method {found['method']!r}, this run's is "
-                f"{self.method!r}: resume with the configuration that made it"
-            )
-        self._restored = self._split_copies(checkpoint["state_dict"])
+        if self._fitting:
+            check_training({"method": self.method, "penalty": self._penalty_label}, found)
+        self._restored = split_copies(checkpoint["state_dict"], self.state_dict().keys())
 
-    def _split_copies(self, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The copies' weights as they were saved; what this entry point lacks is left out."""
-        restored: dict[str, dict[str, Tensor]] = {}
-        own = self.state_dict().keys()
-        for name in ("teacher", "anchor", "penalty"):
-            saved = [key for key in weights if key.startswith(f"{name}.")]
-            if not any(key.startswith(f"{name}.") for key in own):  # validate, test, predict
-                for key in saved:
-                    del weights[key]
-            elif name in self.copies:
-                restored[name] = {key.removeprefix(f"{name}."): weights[key] for key in saved}
-        return restored
+    @property
+    def _penalty_label(self) -> str:
+        return "" if self.penalty is None else self.penalty.label
 
 
 def _check_rate(rate: float) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 
@@ -35,6 +36,11 @@ def squared_distance(first: PreTrainedModel, second: PreTrainedModel) -> Tensor:
     return torch.stack(terms).sum()
 
 
+def trained_parameters(model: PreTrainedModel) -> dict[str, Parameter]:
+    """The parameters that training may change, by name; tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def identity(model: PreTrainedModel) -> dict[str, str]:
     """What a checkpoint must share with the model that it is loaded into."""
     shapes = sorted((name, tuple(value.shape)) for name, value in model.named_parameters())
@@ -58,3 +64,40 @@ def check_identity(model: PreTrainedModel, name: str, found: Mapping[str, Any]) 
             f"({found.get('architecture')}, {found.get('parameters')} parameters), this run's is "
             f"{name!r} ({own['architecture']}, {own['parameters']} parameters)"
         )
+
+
+def check_training(own: Mapping[str, str], found: Mapping[str, Any]) -> None:
+    """Compare the run's method and penalty with those that a checkpoint was trained with.
+
+    Raises:
+        ValueError: They differ; names both.
+    """
+    for what, name in own.items():
+        other = found.get(what, "")
+        if other != name:
+            raise ValueError(
+                f"the checkpoint belongs to the {what} {other or 'none'!r}, this run's is "
+                f"{name or 'none'!r}: resume with the configuration that made it"
+            )
+
+
+def split_copies(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """The state of the student's copies and of its penalty, apart from the student's own.
+
+    Args:
+        weights: A checkpoint's state by name; what `own` has no place for (validation, test and
+            prediction need no copies) is removed from it.
+        own: The names of the module's state.
+
+    Returns:
+        Submodule → its state, as it was saved.
+    """
+    kept: dict[str, dict[str, Tensor]] = {}
+    for part in ("teacher", "anchor", "penalty"):
+        saved = [key for key in weights if key.startswith(f"{part}.")]
+        if any(key.startswith(f"{part}.") for key in own):
+            kept[part] = {key.removeprefix(f"{part}."): weights[key] for key in saved}
+        else:
+            for key in saved:
+                del weights[key]
+    return kept

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -36,6 +36,7 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("here", database=None, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("here")
 
+MethodT = TypeVar("MethodT", bound=StudentModule)
 LETTERS = "abcdefgh"
 WORDS = ["<pad>", "</s>", "<unk>", "user", "assistant", "system", ":", "shown", "now", *LETTERS]
 IDS: dict[str, Any] = {
@@ -174,6 +175,17 @@ def make_module(model_dir: Path, **options: Any) -> SDFTModule:
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     }
     return SDFTModule(**settings | options)
+
+
+def make_method(method: type[MethodT], model_dir: Path, **options: Any) -> MethodT:
+    """A module of a method beside SDFT, on the same terms as `make_module`."""
+    settings: dict[str, Any] = {
+        "model_name": str(model_dir),
+        "max_new_tokens": 6,
+        "teacher_template": TEMPLATE,
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    }
+    return method(**settings | options)
 
 
 def run_fit(

@@ -14,13 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_data, make_module, make_task, run_fit, save_model
+from conftest import make_data, make_method, make_module, make_task, run_fit, save_model
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft import ContinualDataModule, Example, StudentModule
 from sdft.callbacks import EMATeacher, Retention
-from sdft.methods import SFTModule
+from sdft.methods import (
+    AnchorReplayModule,
+    CPTModule,
+    DFTModule,
+    ReinvokeModule,
+    SFTModule,
+)
+from sdft.mixtures import GeneralPrompts, Joint, PastReplay, Reinvoke
+from sdft.penalties import EWC, L2ToStart
 from sdft.scorers import Scorer
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -53,23 +61,60 @@ CASES: dict[str, dict[str, Any]] = {
         "data": {"reset_optimizer_between_tasks": True},
     },
     "bf16 weights": {"precision": "bf16-true"},
+    "dft and replay from a memory": {
+        "method": "dft",
+        "data": {"mixtures": [PastReplay(0.5, memory=2)]},
+    },
+    "cpt on all tasks at once": {
+        "method": "cpt",
+        "module": lambda: {"text": "prompt_and_demonstration", "max_text_tokens": 4},
+        "data": {"mixtures": [Joint()]},
+    },
+    "re-invoke with replay and accumulation": {
+        "method": "reinvoke",
+        "accumulate_grad_batches": 2,
+        "data": {"mixtures": [PastReplay(0.5), GeneralPrompts(0.25), Reinvoke(0.4)]},
+    },
+    "replay held to an anchor, bf16 weights": {
+        "method": "anchor_replay",
+        "precision": "bf16-true",
+        "data": {"mixtures": [PastReplay(0.5)]},
+    },
+    "l2, bf16 weights": {
+        "method": "sft",
+        "precision": "bf16-true",
+        "module": lambda: {"penalty": L2ToStart(0.5)},
+    },
+    "ewc with dropout and accumulation": {
+        "method": "sft",
+        "family": "gpt2",
+        "accumulate_grad_batches": 2,
+        "module": lambda: {"penalty": EWC(5.0, examples=3)},
+    },
+    "ewc, bf16 weights": {
+        "precision": "bf16-true",
+        "module": lambda: {"penalty": EWC(5.0, examples=3, gamma=0.5)},
+    },
+}
+
+METHODS: dict[str, type[StudentModule]] = {
+    "sft": SFTModule,
+    "dft": DFTModule,
+    "cpt": CPTModule,
+    "reinvoke": ReinvokeModule,
+    "anchor_replay": AnchorReplayModule,
 }
 
 
-def build_module(folder: Path, method: str) -> StudentModule:
+def build_module(folder: Path, method: str, **options: Any) -> StudentModule:
     if method == "sdft":
-        return make_module(folder)
-    return SFTModule(
-        model_name=str(folder),
-        max_new_tokens=6,
-        teacher_template="{prompt} shown {demonstration} now",
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-    )
+        return make_module(folder, **options)
+    return make_method(METHODS[method], folder, **options)
 
 
 def stream(**options: Any) -> ContinualDataModule:
     tasks = [make_task(name, scorer=Overlap()) for name in ("first", "second", "prior")]
-    settings = {"batch_size": 4, "steps": 3} | options
+    settings = {"batch_size": 4, "steps": 3, "general": [make_task("any", train=5)]} | options
     return ContinualDataModule(tasks[:2], suites=tasks[2:], **settings)
 
 
@@ -81,6 +126,7 @@ class Runs:
         self.fit = fit
         self.steps = tmp_path / "steps"
         self.method = options.pop("method", "sdft")
+        self.module = options.pop("module", dict)
         self.every_n_steps = options.pop("every_n_steps", 1)
         data = options.pop("data", {})
         self.data = {"steps": None, **data} if "epochs" in data else data
@@ -99,7 +145,7 @@ class Runs:
         )
         return self.fit(
             root,
-            build_module(self.folder, self.method),
+            build_module(self.folder, self.method, **self.module()),
             stream(**self.data),
             EMATeacher(rate=0.1, every_n_steps=self.every_n_steps),
             [] if ckpt_path else [every_step],
@@ -153,8 +199,8 @@ def places(runs: Runs, trainer: Trainer) -> dict[str, Path]:
         "the middle of a stage": runs.step(stage - 1),
         "the last batch of a stage": runs.step(stage),
         "a boundary": checkpoints / "stage-1-first.ckpt",
-        "the first step": runs.step(1),
         "the first step after a boundary": runs.step(stage + 1),
+        "the first step": runs.step(1),
         "the last batch of the run": runs.step(steps),
         "the end of the run": checkpoints / "last.ckpt",
     }
@@ -167,7 +213,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(case: str, fit: Fit, tmp_path: P
     expected, retention = outcome(trainer, module), report(trainer)
     assert trainer.global_step == sum(trainer.datamodule.schedule_steps())
     found = list(places(runs, trainer).items())
-    for place, path in found if case == "sdft" else found[:3]:
+    for place, path in found if case == "sdft" else found[:4]:
         resumed, student = runs(f"from {place}", path)
         assert_same(outcome(resumed, student), expected)
         if place != "the end of the run":

@@ -1,5 +1,17 @@
 """Methods beside SDFT, on the same module, data and retention machinery."""
 
+from sdft.methods.anchor_replay import AnchorReplayModule
+from sdft.methods.cpt import CPTModule
+from sdft.methods.dft import DFTModule
+from sdft.methods.oracle_rag import OracleRAGModule
+from sdft.methods.reinvoke import ReinvokeModule
 from sdft.methods.sft import SFTModule
 
-__all__ = ["SFTModule"]
+__all__ = [
+    "AnchorReplayModule",
+    "CPTModule",
+    "DFTModule",
+    "OracleRAGModule",
+    "ReinvokeModule",
+    "SFTModule",
+]

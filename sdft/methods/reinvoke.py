@@ -1,0 +1,102 @@
+"""SFT + re-invoke: supervised steps, then on-policy distillation from the base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdft.batch import Batch, Origin
+from sdft.losses import check_alpha, sequence_mean, token_divergence
+from sdft.methods.sft import SFTModule
+from sdft.rollout import Rollout, Sampling
+from sdft.scoring import completion_logits
+
+
+class ReinvokeModule(SFTModule):
+    """Supervised fine-tuning that re-invokes what the base could do (arXiv 2601.19897, baselines).
+
+    Rows of the stage's own task and of earlier ones are learnt as in SFT. For general prompts the
+    student samples an answer itself and takes the base's distribution over the whole vocabulary as
+    its target, token by token; the base sees the same bare prompt and never moves. With the mixture
+    `sdft.mixtures.Reinvoke` the last part of every stage is general prompts alone, with a
+    learning-rate schedule of its own; with `GeneralPrompts` they join every batch.
+
+    Args:
+        alpha: Divergence from the base: 0 forward KL(base ‖ student), 1 reverse KL, between: JSD.
+        temperature: Samples the answers and divides the logits of both sides.
+        skip_first_tokens: Answer tokens left out of the divergence.
+        kwargs: See `StudentModule`.
+
+    Raises:
+        ValueError: A number out of range.
+    """
+
+    method = "reinvoke"
+    learns_from: frozenset[Origin] = frozenset(("new", "past", "general"))
+    needs_base = True
+
+    def __init__(
+        self,
+        alpha: float = 0.0,
+        temperature: float = 1.0,
+        skip_first_tokens: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_alpha(alpha)
+        if temperature == 0:
+            raise ValueError("temperature must be above 0 in training, found 0")
+        if skip_first_tokens < 0:
+            raise ValueError(f"skip_first_tokens must be 0 or more, found {skip_first_tokens}")
+        self.alpha = alpha
+        self.sampling = Sampling(self.greedy.max_new_tokens, temperature)
+        self.skip_first_tokens = skip_first_tokens
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean over all rows: the demonstrations' loss, and the general prompts' divergence."""
+        supervised, general = batch.of("new", "past"), batch.of("general")
+        losses = []
+        if len(supervised):
+            losses.append(len(supervised) * super().training_step(supervised, batch_idx))
+        if len(general):
+            losses.append(len(general) * self.reinvoke(general))
+        return torch.stack(losses).sum() / len(batch)
+
+    def reinvoke(self, batch: Batch) -> Tensor:
+        """Mean divergence from the base on the student's own answers to bare prompts; logged."""
+        assert self.base is not None
+        self.phases.enter("generate")
+        completion = self.sample(self.model, batch.student_ids, self.sampling)
+        self.phases.enter("score")
+        with torch.no_grad():
+            base_BTV = completion_logits(self.base, batch.student_ids, completion, self.pad_id)
+        self.phases.enter("update")
+        student_BTV = completion_logits(self.model, batch.student_ids, completion, self.pad_id)
+        loss = self.divergence(student_BTV, base_BTV, completion)
+        self.phases.enter("track")
+        self._log_answers(completion, loss.detach())
+        self.phases.enter("update")  # backward and optimizer follow
+        return loss
+
+    def divergence(
+        self, student_logits_BTV: Tensor, base_logits_BTV: Tensor, completion: Rollout
+    ) -> Tensor:
+        """Mean per-token divergence between base and student, after the first few tokens."""
+        per_token_BT = token_divergence(
+            student_logits_BTV.float() / self.sampling.temperature,
+            base_logits_BTV.float() / self.sampling.temperature,
+            self.alpha,
+        )
+        skip = self.skip_first_tokens
+        return sequence_mean(per_token_BT[:, skip:], completion.mask_BT[:, skip:])
+
+    def _log_answers(self, completion: Rollout, loss: Tensor) -> None:
+        values = {
+            "reinvoke/divergence": loss,
+            "reinvoke/completion_length": completion.lengths_B.float().mean(),
+            "reinvoke/truncated": completion.truncated_B.float().mean(),
+        }
+        self.log_dict(values, batch_size=len(completion.ids_BT))
+        self.log("divergence", loss, prog_bar=True, logger=False, batch_size=len(completion.ids_BT))
