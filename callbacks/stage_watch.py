@@ -45,7 +45,8 @@ class StageWatch(AfterStep):
         min_delta: An improvement is a score that beats the stage's start, or the improvement before
             it, by more than this.
         max_drop: An old task or suite has dropped when its score is more than this below its best
-            at the start of a stage, where the first stage starts with the base.
+            at the start of a stage, where the first stage starts with the base. A drop that lasts
+            beyond its stage is one in the next stages, too.
         on_drop: What a drop is answered with. `raise_weight` raises the method's `distil_weight`,
             once per probe, up to `max_weight`, for the rest of the run; `stop` ends the stage;
             `both` raises it, and ends the stage at a drop that finds it at `max_weight` already;

@@ -253,7 +253,7 @@ class ContinualDataModule(LightningDataModule):
         return self._loader
 
     def end_stage(self) -> None:
-        """Hand out no further batch of the stage under way."""
+        """Hand out no further batch of the stage under way: one half of `sdft.run.end_stage`."""
         assert self._loader is not None, "no stage is under way"
         self._loader.end()
 

@@ -503,7 +503,7 @@ def test_a_checkpoint_of_an_unwatched_run_can_be_watched(
     resumed = {"root": "resumed", "ckpt_path": tmp_path / "step=3.ckpt"}
     trainer, _, _ = run(fit, scripts, fitting=resumed, on_drop="stop", patience=None)
     assert actions(trainer) == [(6, "stop", "drop", "prior")]
-    assert [line["step"] for line in lines(trainer)] == [4, 6]
+    assert [(line["step"], line["stage"]) for line in lines(trainer)] == [(4, 0), (6, 0)]
 
 
 # ---------------------------------------------------------------- what is watched
