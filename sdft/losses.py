@@ -11,7 +11,21 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy
+
+from sdft.divergence import check_alpha, kl, log_probs
+from sdft.topk import TopK, topk_divergence, topk_targets
+
+__all__ = [
+    "TopK",
+    "check_alpha",
+    "sequence_mean",
+    "token_cross_entropy",
+    "token_divergence",
+    "token_entropy",
+    "topk_divergence",
+    "topk_targets",
+]
 
 
 def token_divergence(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.0) -> Tensor:
@@ -43,13 +57,13 @@ def token_divergence(student_logits: Tensor, teacher_logits: Tensor, alpha: floa
             f"student and teacher logits differ in shape: {tuple(student_logits.shape)} and "
             f"{tuple(teacher_logits.shape)}"
         )
-    student_BTV, teacher_BTV = _log_probs(student_logits), _log_probs(teacher_logits)
+    student_BTV, teacher_BTV = log_probs(student_logits), log_probs(teacher_logits)
     if alpha == 0.0:
-        return _kl(teacher_BTV, student_BTV)
+        return kl(teacher_BTV, student_BTV)
     if alpha == 1.0:
-        return _kl(student_BTV, teacher_BTV)
+        return kl(student_BTV, teacher_BTV)
     mixture_BTV = _log_mixture(student_BTV, teacher_BTV, alpha)
-    return alpha * _kl(teacher_BTV, mixture_BTV) + (1 - alpha) * _kl(student_BTV, mixture_BTV)
+    return alpha * kl(teacher_BTV, mixture_BTV) + (1 - alpha) * kl(student_BTV, mixture_BTV)
 
 
 def sequence_mean(per_token: Tensor, mask: Tensor) -> Tensor:
@@ -93,29 +107,8 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def token_entropy(logits: Tensor) -> Tensor:
     """Entropy of each next-token distribution: `[B, T, V]` → `[B, T]`, nats, fp32."""
-    log_probs_BTV = _log_probs(logits)
+    log_probs_BTV = log_probs(logits)
     return -_expectation(log_probs_BTV, log_probs_BTV)
-
-
-def check_alpha(alpha: float) -> None:
-    """Raise ValueError unless `alpha` lies in [0, 1]."""
-    if not (math.isfinite(alpha) and 0.0 <= alpha <= 1.0):
-        raise ValueError(
-            f"alpha must lie in [0, 1] (0 forward KL, 1 reverse KL, between JSD), found {alpha}"
-        )
-
-
-def _log_probs(logits_BTV: Tensor) -> Tensor:
-    dtype = torch.float64 if logits_BTV.dtype == torch.float64 else torch.float32
-    return log_softmax(logits_BTV, dim=-1, dtype=dtype)
-
-
-def _kl(p_BTV: Tensor, q_BTV: Tensor) -> Tensor:
-    """KL(p ‖ q) of log-probabilities; a token with p = 0 contributes 0, one with only q = 0 inf."""
-    probs_BTV = p_BTV.exp()
-    impossible = probs_BTV == 0  # also where exp underflows: 0 · inf would be NaN
-    difference = p_BTV.masked_fill(impossible, 0.0) - q_BTV.masked_fill(impossible, 0.0)
-    return (probs_BTV * difference).sum(-1)
 
 
 def _expectation(p_BTV: Tensor, value_BTV: Tensor) -> Tensor:
