@@ -20,7 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft import ContinualDataModule, Example, StudentModule
 from sdft.callbacks import EMATeacher, Retention
-from sdft.methods import SFTModule
+from sdft.methods import SFTModule, SoftTargetModule, TeacherSampleModule
+from sdft.mixtures import GeneralPrompts
 from sdft.scorers import Scorer
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -53,13 +54,29 @@ CASES: dict[str, dict[str, Any]] = {
         "data": {"reset_optimizer_between_tasks": True},
     },
     "bf16 weights": {"precision": "bf16-true"},
+    "stored soft targets with dropout": {
+        "method": "soft_targets",
+        "family": "gpt2",
+        "data": {"mixtures": [GeneralPrompts(0.5)], "general": [make_task("general", train=5)]},
+    },
+    "a snapshot's soft targets": {
+        "method": "snapshot",
+        "data": {"mixtures": [GeneralPrompts(0.5)], "general": [make_task("general", train=5)]},
+    },
+    "teacher samples": {"method": "teacher_samples", "accumulate_grad_batches": 2},
+}
+METHODS: dict[str, Callable[..., StudentModule]] = {
+    "sft": SFTModule,
+    "soft_targets": partial(SoftTargetModule, targets_per_token=4, answers_per_prompt=2),
+    "snapshot": partial(SoftTargetModule, targets="snapshot", weight=0.6, temperature=0.8),
+    "teacher_samples": partial(TeacherSampleModule, loss="soft", samples_per_prompt=2),
 }
 
 
 def build_module(folder: Path, method: str) -> StudentModule:
     if method == "sdft":
         return make_module(folder)
-    return SFTModule(
+    return METHODS[method](
         model_name=str(folder),
         max_new_tokens=6,
         teacher_template="{prompt} shown {demonstration} now",
