@@ -44,7 +44,7 @@ from sdft.student import StudentModule
 TRACEBACK = "SDFT_TRACEBACK"
 """Set this environment variable to see the Python traceback behind an error."""
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {"self_edits": "sdft.self_edits.command"}
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {

@@ -23,8 +23,8 @@ from sdft.methods.offline import OfflineModule
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
 from sdft.scoring import completion_logits
-from sdft.target_file import SOFT_TARGETS, SoftTargets, write_soft_targets
 from sdft.stores import Store
+from sdft.target_file import SOFT_TARGETS, SoftTargets, write_soft_targets
 from sdft.topk import TopK, topk_divergence, topk_targets
 
 Targets = Literal["stored", "snapshot"]
