@@ -25,7 +25,7 @@ class Item:
     prompt: str | None = None
 
 
-_BULLET = re.compile(r"^\s*(?:[*_]{2})?(?:\(?\d{1,3}[.):](?=\s|\*|_)|[-*•–·+](?=\s))\s*(.*)$")
+_BULLET = re.compile(r"^\s*(?:[*_]{2})?(?:\(?\d{1,3}[.):](?=\s|\*|_|$)|[-*•–·+](?=\s|$))\s*(.*)$")
 _NUMBERED = re.compile(r"^\s*\(?(\d{1,3})[.):]\s")
 _INLINE_NUMBER = re.compile(r"(?<=[;,.!?])\s+(?=\(?(\d{1,3})[.):]\s)")
 _LABELS = {
