@@ -45,7 +45,10 @@ from sdft.student import StudentModule
 TRACEBACK = "SDFT_TRACEBACK"
 """Set this environment variable to see the Python traceback behind an error."""
 
-COMMANDS: dict[str, str] = {"budget": "sdft.budget_command"}
+COMMANDS: dict[str, str] = {
+    "budget": "sdft.budget_command",
+    "self_edits": "sdft.self_edits.command",
+}
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {

@@ -40,6 +40,9 @@ class Student(Protocol):
     def trains(self) -> bool:
         """Whether it changes the student at all."""
 
+    def takes(self, prompt: Encoded) -> bool:
+        """Whether a general prompt is of use to it."""
+
 
 class ContinualDataModule(LightningDataModule):
     """Trains on one task after another and knows everything that is evaluated.
@@ -140,7 +143,9 @@ class ContinualDataModule(LightningDataModule):
         return self._cached(task, split, with_teacher=split == "train")
 
     def general_prompts(self) -> list[Encoded]:
-        """The training prompts of the general tasks that fit; they need no demonstration.
+        """The training prompts of the general tasks that fit and that the method takes.
+
+        They need no demonstration.
 
         Raises:
             ValueError: There are none.
@@ -153,7 +158,7 @@ class ContinualDataModule(LightningDataModule):
                 f"data.general: this method or mixture needs general prompts, found {found}; give "
                 "tasks with a train split (answers are ignored)"
             )
-        return items
+        return [item for item in items if self._student.takes(item)]
 
     def _cached(self, task: Task, split: Split, with_teacher: bool) -> list[Encoded]:
         key = (task, split, with_teacher)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sdft.batch import Batch, Origin
 from sdft.examples import Example
 from sdft.prompts import Encoder
+from sdft.scorers import Scorer
 from sdft.tasks import Split, Task
 
 log = logging.getLogger(__name__)
@@ -23,12 +24,14 @@ class Encoded:
         student_ids: Token ids of the prompt that the student answers.
         teacher_ids: Token ids of the prompt with the demonstration; empty when only evaluated.
         origin: Where a training batch has it from.
+        scorer: Its task's.
     """
 
     example: Example
     student_ids: list[int]
     teacher_ids: list[int]
     origin: Origin = "new"
+    scorer: Scorer | None = None
 
 
 def collate(items: Sequence[Encoded]) -> Batch:
@@ -88,6 +91,6 @@ def _encode(
 ) -> Encoded:
     try:
         teacher_ids = encoder.teacher_ids(example) if with_teacher else []
-        return Encoded(example, encoder.student_ids(example), teacher_ids)
+        return Encoded(example, encoder.student_ids(example), teacher_ids, scorer=task.scorer)
     except ValueError as error:
         raise ValueError(f"task {task.name!r}, {split}: {error}") from error

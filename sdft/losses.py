@@ -8,6 +8,7 @@ section 3).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ __all__ = [
     "token_entropy",
     "topk_divergence",
     "topk_targets",
+    "zero_loss",
 ]
 
 
@@ -114,6 +116,16 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         `[B, T]`, nats.
     """
     return cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+
+
+def zero_loss(parameters: Iterable[Tensor]) -> Tensor:
+    """A loss of 0 whose gradient is 0, for a batch with nothing to learn from.
+
+    Args:
+        parameters: What trains; each gets a gradient.
+    """
+    firsts = [value.reshape(-1)[0].float() for value in parameters if value.requires_grad]
+    return 0.0 * torch.stack(firsts).sum()
 
 
 def token_entropy(logits: Tensor) -> Tensor:

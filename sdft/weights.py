@@ -51,6 +51,16 @@ def identity(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
+def weights_digest(model: PreTrainedModel) -> str:
+    """A hash of every parameter's name, type and value."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.named_parameters()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def check_identity(model: PreTrainedModel, name: str, found: Mapping[str, Any]) -> None:
     """Compare a model with what a checkpoint says of its own.
 

@@ -26,6 +26,8 @@ from sdft.methods import (
     DFTModule,
     ReinvokeModule,
     SFTModule,
+    SoftTargetModule,
+    TeacherSampleModule,
 )
 from sdft.mixtures import GeneralPrompts, Joint, PastReplay, Reinvoke
 from sdft.penalties import EWC, L2ToStart
@@ -95,6 +97,22 @@ CASES: dict[str, dict[str, Any]] = {
         "precision": "bf16-true",
         "module": lambda: {"penalty": EWC(5.0, examples=3, gamma=0.5)},
     },
+    "stored soft targets with dropout": {
+        "method": "soft_targets",
+        "family": "gpt2",
+        "module": lambda: {"targets_per_token": 4, "answers_per_prompt": 2},
+        "data": {"mixtures": [GeneralPrompts(0.5)], "general": [make_task("general", train=5)]},
+    },
+    "a snapshot's soft targets": {
+        "method": "soft_targets",
+        "module": lambda: {"targets": "snapshot", "weight": 0.6, "temperature": 0.8},
+        "data": {"mixtures": [GeneralPrompts(0.5)], "general": [make_task("general", train=5)]},
+    },
+    "teacher samples": {
+        "method": "teacher_samples",
+        "accumulate_grad_batches": 2,
+        "module": lambda: {"loss": "soft", "samples_per_prompt": 2},
+    },
 }
 
 METHODS: dict[str, type[StudentModule]] = {
@@ -103,6 +121,8 @@ METHODS: dict[str, type[StudentModule]] = {
     "cpt": CPTModule,
     "reinvoke": ReinvokeModule,
     "anchor_replay": AnchorReplayModule,
+    "soft_targets": SoftTargetModule,
+    "teacher_samples": TeacherSampleModule,
 }
 
 

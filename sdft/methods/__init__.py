@@ -6,6 +6,8 @@ from sdft.methods.dft import DFTModule
 from sdft.methods.oracle_rag import OracleRAGModule
 from sdft.methods.reinvoke import ReinvokeModule
 from sdft.methods.sft import SFTModule
+from sdft.methods.soft_targets import SoftTargetModule
+from sdft.methods.teacher_samples import TeacherSampleModule
 
 __all__ = [
     "AnchorReplayModule",
@@ -14,4 +16,6 @@ __all__ = [
     "OracleRAGModule",
     "ReinvokeModule",
     "SFTModule",
+    "SoftTargetModule",
+    "TeacherSampleModule",
 ]
