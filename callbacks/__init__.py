@@ -4,6 +4,7 @@ if __name__ == "callbacks":
     raise ImportError("this folder is imported as `sdft.callbacks`, not as `callbacks`")
 
 from sdft.callbacks.checkpoint import StageCheckpoint
+from sdft.callbacks.cost import CostReport
 from sdft.callbacks.ema_teacher import EMATeacher
 from sdft.callbacks.export import ModelExport
 from sdft.callbacks.predictions import Predictions
@@ -13,6 +14,7 @@ from sdft.callbacks.samples import Samples
 from sdft.callbacks.stage_watch import StageWatch
 
 __all__ = [
+    "CostReport",
     "EMATeacher",
     "ModelExport",
     "Predictions",

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from sdft.callbacks.after_step import AfterStep
 from sdft.run import is_dry, run_folder, task_stream
+from sdft.student import StudentModule
 
 
 class StageCheckpoint(AfterStep, Checkpoint):
@@ -39,6 +40,8 @@ class StageCheckpoint(AfterStep, Checkpoint):
         """Write `last.ckpt` every so many optimizer steps, but not where the stage ends anyway."""
         due = self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
         if due and not trainer.is_last_batch:
+            if isinstance(pl_module, StudentModule):
+                pl_module.phases.enter("")  # writing is no part of the update
             self._save(trainer, "last.ckpt")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,7 +15,6 @@ from sdft.encoded import collate
 from sdft.module import SDFTModule
 from sdft.rollout import Rollout, Sampling, evaluation_mode
 from sdft.run import is_dry, run_folder, task_stream
-from sdft.scoring import completion_logits
 from sdft.seeding import derive_seed, run_seed
 from sdft.student import StudentModule
 
@@ -62,14 +61,14 @@ class Samples(Callback):
         task = data.tasks[stage]
         batch = collate(data.encoded(task, "train")[: self.count])
         # A seed of its own, so that looking never changes what is trained.
+        module.phases.enter("track")
         with torch.random.fork_rng(), module.forward_precision(), evaluation_mode(module.model):
             torch.manual_seed(derive_seed(run_seed(), "samples", stage))
             completion = _sample(module, batch)
-            student = _chosen(
-                completion_logits(module.model, batch.student_ids, completion, module.pad_id),
-                completion.ids_BT,
-            )
+            student_BTV = module.logits(module.model, batch.student_ids, completion)
+            student = _chosen(student_BTV, completion.ids_BT)
             teacher = _teacher_probabilities(module, batch, completion)
+        module.phases.enter("")
         return [
             {
                 "stage": stage,
@@ -87,9 +86,7 @@ def _sample(module: StudentModule, batch: Batch) -> Rollout:
     sampling = getattr(module, "sampling", None)
     if not isinstance(sampling, Sampling):
         sampling = Sampling(module.greedy.max_new_tokens)
-    return module.engine.generate(
-        module.model, batch.student_ids, sampling, module.eos_ids, module.pad_id
-    )
+    return module.sample(module.model, batch.student_ids, sampling)
 
 
 def _teacher_probabilities(

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from sdft.callbacks.after_step import AfterStep
-from sdft.callbacks.retention import respond_all
 from sdft.callbacks.standing import Action, Policy, Standing
 from sdft.evaluation import score_responses
+from sdft.evaluator import respond_all
 from sdft.run import end_stage, is_dry, run_folder, task_stream
 from sdft.student import StudentModule
 from sdft.tasks import Task

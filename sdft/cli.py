@@ -28,6 +28,7 @@ import sdft.methods
 import sdft.mixtures
 import sdft.penalties  # noqa: F401 - the same
 from sdft.callbacks import (
+    CostReport,
     EMATeacher,
     ModelExport,
     Predictions,
@@ -76,11 +77,12 @@ class SDFTCLI(LightningCLI):
     """LightningCLI with the run's callbacks as top-level keys."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `teacher`, `watch`, `retention`, `samples`, `checkpoint` and `export`."""
+        """Add `teacher`, `watch`, `retention`, `samples`, `cost`, `checkpoint` and `export`."""
         parser.add_lightning_class_args(EMATeacher, "teacher")
         parser.add_lightning_class_args(StageWatch, "watch")
         parser.add_lightning_class_args(Retention, "retention")
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(CostReport, "cost")
         parser.add_lightning_class_args(StageCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ModelExport, "export")
         parser.set_defaults(

@@ -23,11 +23,19 @@ DEFAULT_ARTIFACTS = (
 
 @dataclass(frozen=True)
 class Response:
-    """A decoded response: its text without special tokens, its tokens, and how it ended."""
+    """A decoded response.
+
+    Attributes:
+        text: Without special tokens.
+        tokens: How many, an end-of-sequence token included.
+        truncated: Whether the length limit ended it.
+        ids: Its tokens, where they are kept.
+    """
 
     text: str
     tokens: int
     truncated: bool
+    ids: tuple[int, ...] = ()
 
 
 class Artifacts:

@@ -10,7 +10,6 @@ from torch import Tensor
 from sdft.losses import token_cross_entropy
 from sdft.respondent import Respondent
 from sdft.rollout import Rollout, Sampling, evaluation_mode
-from sdft.scoring import completion_logits
 from sdft.seeding import derive_seed
 from sdft.weights import trained_parameters
 
@@ -52,5 +51,5 @@ def diagonal_fisher(
 
 def response_likelihood(module: Respondent, prompt: Sequence[int], response: Rollout) -> Tensor:
     """log p(y|x), a scalar: the sum over the tokens of one response."""
-    logits_BTV = completion_logits(module.model, [prompt], response, module.pad_id)
+    logits_BTV = module.logits(module.model, [prompt], response)
     return -token_cross_entropy(logits_BTV, response.ids_BT)[response.mask_BT].sum()

@@ -83,6 +83,24 @@ def _t95(freedom: int) -> float:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A mean score in [0, 1] and its 95 % interval."""
+
+    score: float
+    ci95: tuple[float, float]
+
+    @classmethod
+    def from_scores(cls, scores: Sequence[float]) -> Estimate:
+        """The mean of at least one score.
+
+        Raises:
+            ValueError: No scores, or one that is not a number in [0, 1].
+        """
+        interval = score_interval(scores)
+        return cls(math.fsum(scores) / len(scores), interval)
+
+
+@dataclass(frozen=True)
 class Cell:
     """One evaluation: a task or suite after a stage.
 
@@ -94,6 +112,8 @@ class Cell:
         truncated: Share of responses that reached the length limit.
         artifact: Share of responses that carry an artifact of the demonstration.
         error: Why there is no score.
+        kl_base: KL(base ‖ student) per token along the base's own responses (`sdft.base_kl`).
+        pass_at: pass@k by k, written as text (`sdft.pass_at`); None where it was not measured.
     """
 
     score: float | None
@@ -103,6 +123,8 @@ class Cell:
     truncated: float | None = None
     artifact: float | None = None
     error: str | None = None
+    kl_base: float | None = None
+    pass_at: dict[str, Estimate] | None = None
 
     @classmethod
     def from_scores(
@@ -117,19 +139,26 @@ class Cell:
         Raises:
             ValueError: No scores, or one that is not a number in [0, 1].
         """
-        interval = score_interval(scores)
-        mean = math.fsum(scores) / len(scores)
-        return cls(mean, len(scores), interval, mean_length, truncated, artifact)
+        mean = Estimate.from_scores(scores)
+        return cls(mean.score, len(scores), mean.ci95, mean_length, truncated, artifact)
 
     def to_dict(self) -> dict[str, Any]:
-        """All attributes, ready for JSON; the interval as a list of two."""
-        return {**asdict(self), "ci95": None if self.ci95 is None else list(self.ci95)}
+        """All attributes, ready for JSON; intervals as lists of two."""
+        values = asdict(self)
+        for holder in (values, *(values["pass_at"] or {}).values()):
+            holder["ci95"] = None if holder["ci95"] is None else list(holder["ci95"])
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cell:
         """The inverse of `to_dict`; all but `score` and `n` may be absent."""
-        interval = values.get("ci95")
-        return cls(**{**values, "ci95": None if interval is None else (interval[0], interval[1])})
+        interval, passes = values.get("ci95"), values.get("pass_at")
+        estimates = passes and {
+            k: Estimate(value["score"], (value["ci95"][0], value["ci95"][1]))
+            for k, value in passes.items()
+        }
+        pair = None if interval is None else (interval[0], interval[1])
+        return cls(**{**values, "ci95": pair, "pass_at": estimates})
 
 
 class RetentionMatrix(Metric):

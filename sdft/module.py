@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from sdft.batch import Batch
 from sdft.losses import check_alpha, sequence_mean, token_divergence
 from sdft.rollout import Rollout, Sampling
-from sdft.scoring import completion_logits
 from sdft.student import StudentModule
 
 
@@ -105,11 +104,11 @@ class SDFTModule(StudentModule):
     def score(self, batch: Batch, completion: Rollout) -> Tensor:
         """Teacher logits of the completions, given the prompts with demonstration: `[B, T, V]`."""
         assert self.teacher is not None
-        return completion_logits(self.teacher, batch.teacher_ids, completion, self.pad_id)
+        return self.logits(self.teacher, batch.teacher_ids, completion)
 
     def student_logits(self, batch: Batch, completion: Rollout) -> Tensor:
         """Student logits of the completions, given the bare prompts: `[B, T, V]`."""
-        return completion_logits(self.model, batch.student_ids, completion, self.pad_id)
+        return self.logits(self.model, batch.student_ids, completion)
 
     def loss_mask(self, completion: Rollout) -> Tensor:
         """Completion tokens that count in the loss, `[B, T]`: all but the first few."""

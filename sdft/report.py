@@ -20,8 +20,12 @@ from torch import Tensor
 from sdft.atomic import atomic_write
 from sdft.metrics import Cell, retention_metrics
 from sdft.plots import plot_curves, plot_matrix, save_figure
+from sdft.selection import Selection
 
-_CSV_CELL = ("score", "low", "high", "n", "mean_length", "truncated", "artifact")
+_CSV_CELL = ("score", "low", "high", "n", "mean_length", "truncated", "artifact", "kl_base")
+
+
+ROUTED = "routed: one model per task"
 
 
 @dataclass
@@ -35,6 +39,10 @@ class RetentionReport:
         method: What was trained with: `sdft`, `sft`, ...
         rows: Cells `[rows][columns]`: the base row, then one per finished stage; columns are the
             tasks, then the suites.
+        stage_steps: Optimizer steps that each finished stage took; None where unknown.
+        routed: Whether every task has a model of its own, learnt from the base, and its column
+            shows that model's score: what a router would reach that never errs.
+        selection: The final model on the split that settings are chosen by, if there is one.
     """
 
     tasks: list[str]
@@ -42,6 +50,9 @@ class RetentionReport:
     seed: int | None
     method: str
     rows: list[list[Cell]] = field(default_factory=list)
+    stage_steps: list[int | None] = field(default_factory=list)
+    routed: bool = False
+    selection: Selection | None = None
 
     def add_row(self, cells: Sequence[Cell]) -> None:
         """Append the base row, or the row of the stage just finished.
@@ -64,6 +75,11 @@ class RetentionReport:
     def row_labels(self) -> list[str]:
         """`base`, then the task that each stage trained."""
         return ["base", *self.tasks][: len(self.rows)]
+
+    @property
+    def pass_ks(self) -> list[int]:
+        """The k of every pass@k that was measured, in order."""
+        return sorted({int(k) for row in self.rows for cell in row for k in cell.pass_at or {}})
 
     @property
     def matrix(self) -> Tensor:
@@ -89,16 +105,25 @@ class RetentionReport:
             "metrics": self.metrics(),
             "seed": self.seed,
             "method": self.method,
+            "stage_steps": list(self.stage_steps),
+            "routed": self.routed,
+            "selection": None if self.selection is None else self.selection.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RetentionReport:
         """The inverse of `to_dict`; the metrics are computed anew.
 
+        Reports that older versions wrote lack what was not yet measured.
+
         Raises:
             ValueError: A row without one cell per column.
         """
         report = cls(values["tasks"], values["suites"], values["seed"], values["method"])
+        report.stage_steps = list(values.get("stage_steps", []))
+        report.routed = values.get("routed", False)
+        if values.get("selection") is not None:
+            report.selection = Selection.from_dict(values["selection"])
         for row in values["matrix"]:
             report.add_row([Cell.from_dict(cell) for cell in row])
         return report
@@ -144,21 +169,25 @@ class RetentionReport:
 
     def _caption(self) -> str:
         seed = "" if self.seed is None else f", seed {self.seed}"
-        return f"{self.method}{seed}\n{self._metrics_line()}"
+        routed = f"\n{ROUTED}" if self.routed else ""
+        return f"{self.method}{seed}\n{self._metrics_line()}{routed}"
 
     def _write_csv(self, path: Path) -> None:
         kinds = ["task"] * len(self.tasks) + ["suite"] * len(self.suites)
+        ks = self.pass_ks
+        passes = [f"pass@{k}{end}" for k in ks for end in ("", "_low", "_high")]
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("stage", "row", "column", "kind", *_CSV_CELL))
+            writer.writerow(("stage", "row", "column", "kind", *_CSV_CELL, *passes))
             for stage, (label, row) in enumerate(zip(self.row_labels, self.rows, strict=True)):
                 for column, kind, cell in zip(self.columns, kinds, row, strict=True):
-                    writer.writerow((stage, label, column, kind, *_csv_values(cell)))
+                    values = *_csv_values(cell), *_csv_passes(cell, ks)
+                    writer.writerow((stage, label, column, kind, *values))
 
     def summary_table(self) -> str:
         """The report as plain text: a line per task and suite, then the metrics.
 
-        The interval and the number of examples are those of the last row.
+        The interval, the number of examples, KL and pass@k are those of the last row.
         """
         head = ["", *(["base", *map(str, range(1, len(self.rows)))][: len(self.rows)])]
         lines = [[*head, "95 %", "n"], *map(self._summary_line, range(len(self.columns)))]
@@ -168,27 +197,66 @@ class RetentionReport:
             for line in lines
         ]
         undefined = [f"{key} undefined: {why}" for key, why in self.metrics()["undefined"].items()]
-        return "\n".join([*table, self._metrics_line(), *undefined])
+        return "\n".join([*table, self._metrics_line(), *self._other_lines(), *undefined])
+
+    def _other_lines(self) -> list[str]:
+        """What there is beside the matrix: a line each."""
+        last = dict(zip(self.columns, self.rows[-1], strict=True)) if self.rows else {}
+        kl = {name: f"{c.kl_base:.2g}" for name, c in last.items() if c.kl_base is not None}
+        passes = {name: _shown_passes(c) for name, c in last.items() if c.pass_at is not None}
+        lines = {
+            "KL(base ‖ student)": kl,
+            f"pass@{'/'.join(map(str, self.pass_ks))}": passes,
+        }
+        if self.selection is not None:
+            cells = self.selection.cells.items()
+            lines[f"{self.selection.split} split"] = {name: _shown(c.score) for name, c in cells}
+        return [
+            *([ROUTED] if self.routed else []),
+            *(
+                f"{head}: " + ", ".join(f"{name} {value}" for name, value in values.items())
+                for head, values in lines.items()
+                if values
+            ),
+        ]
 
     def _summary_line(self, column: int) -> list[str]:
         stage = f"{column + 1}. " if column < len(self.tasks) else "suite "
         cells = [row[column] for row in self.rows]
-        scores = ["n/a" if cell.score is None else f"{cell.score:.2f}" for cell in cells]
+        scores = [_shown(cell.score) for cell in cells]
         last = cells[-1] if cells else Cell(None, 0)
         interval = "{:.2f}–{:.2f}".format(*last.ci95) if last.ci95 else ""
         return [stage + self.columns[column], *scores, interval, str(last.n)]
 
     def _metrics_line(self) -> str:
         metrics = self.metrics()
-        acc = "n/a" if metrics["acc"] is None else f"{metrics['acc']:.2f}"
         others = [
             f"{name} {'n/a' if metrics[key] is None else format(metrics[key], '+.2f')}"
             for key, name in (("bwt", "BWT"), ("fwt", "FWT"), ("forgetting", "forgetting"))
         ]
-        return "   ".join([f"ACC {acc}", *others])
+        return "   ".join([f"ACC {_shown(metrics['acc'])}", *others])
+
+
+def _shown(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def _shown_passes(cell: Cell) -> str:
+    estimates = sorted((int(k), estimate) for k, estimate in (cell.pass_at or {}).items())
+    return "/".join(f"{estimate.score:.2f}" for _, estimate in estimates)
 
 
 def _csv_values(cell: Cell) -> tuple[float | None, ...]:
     """What `_CSV_CELL` names; an empty field is undefined."""
     low, high = cell.ci95 or (None, None)
-    return cell.score, low, high, cell.n, cell.mean_length, cell.truncated, cell.artifact
+    manner = cell.mean_length, cell.truncated, cell.artifact
+    return cell.score, low, high, cell.n, *manner, cell.kl_base
+
+
+def _csv_passes(cell: Cell, ks: Sequence[int]) -> list[float | None]:
+    """Score, low and high of each pass@k; empty fields where it was not measured."""
+    values: list[float | None] = []
+    for k in ks:
+        found = (cell.pass_at or {}).get(str(k))
+        values += [found.score, *found.ci95] if found else [None] * 3
+    return values

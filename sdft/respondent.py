@@ -11,14 +11,18 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.batch import Batch
 from sdft.evaluation import Response, score_responses
+from sdft.flops import ModelFlops
 from sdft.models import ModelSource, eos_token_ids
+from sdft.phases import PhaseClock
 from sdft.prompts import PromptEncoder, TeacherTemplate
 from sdft.rollout import Rollout, RolloutEngine, Sampling
 from sdft.run import task_stream
+from sdft.scoring import completion_logits
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,11 @@ class Respondent(LightningModule):
     @abstractmethod
     def model(self) -> PreTrainedModel:
         """The model that answers."""
+
+    @cached_property
+    def phases(self) -> PhaseClock:
+        """Which phase is running, and what the phases have cost."""
+        return PhaseClock()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -75,8 +84,38 @@ class Respondent(LightningModule):
     def sample(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling
     ) -> Rollout:
-        """One completion per encoded prompt, from any model of this architecture."""
-        return self.engine.generate(model, prompts, sampling, self.eos_ids, self.pad_id)
+        """One completion per encoded prompt, from any model of this architecture; counted."""
+        rollout = self.engine.generate(model, prompts, sampling, self.eos_ids, self.pad_id)
+        if self.phases.current:
+            read, drawn = [len(prompt) for prompt in prompts], rollout.lengths_B.tolist()
+            flops = ModelFlops.of(model).sampling(read, drawn)
+            self.phases.count(sum(read) + sum(drawn), flops)
+        return rollout
+
+    def logits(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], completion: Rollout
+    ) -> Tensor:
+        """Next-token logits at each completion token, given its prompt: `[B, T, V]`; counted."""
+        self.count_pass(model, prompts, completion)
+        return completion_logits(model, prompts, completion, self.pad_id)
+
+    def count_pass(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], completion: Rollout
+    ) -> None:
+        """Count a pass over prompts and completions, the backward pass too where gradients are on.
+
+        `logits` does it; a method with a forward pass of its own calls this beside it.
+
+        Args:
+            model: What they go through.
+            prompts: B prompts, unpadded.
+            completion: B completions.
+        """
+        if not self.phases.current:
+            return
+        given, wanted = [len(prompt) for prompt in prompts], completion.lengths_B.tolist()
+        flops = ModelFlops.of(model).scoring(given, wanted, learns=torch.is_grad_enabled())
+        self.phases.count(sum(given) + sum(wanted), flops)
 
     @torch.no_grad()
     def respond(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Response]:
@@ -91,9 +130,8 @@ class Respondent(LightningModule):
         """
         with self.forward_precision():
             rollout = self.sample(self.model, prompts, sampling)
-        texts = [self.decode(ids) for ids in rollout.completions()]
-        facts = zip(texts, rollout.lengths_B.tolist(), rollout.truncated_B.tolist(), strict=True)
-        return [Response(*fact) for fact in facts]
+        facts = zip(rollout.completions(), rollout.truncated_B.tolist(), strict=True)
+        return [Response(self.decode(i), len(i), cut, tuple(i)) for i, cut in facts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens and outer white space."""
@@ -104,6 +142,14 @@ class Respondent(LightningModule):
         if self._trainer is None:
             return nullcontext()
         return self._trainer.precision_plugin.forward_context()
+
+    def on_validation_start(self) -> None:
+        """Validation is evaluation; the step before it has closed its last phase."""
+        self.phases.enter("evaluate")
+
+    def on_validation_end(self) -> None:
+        """The loop is over."""
+        self.phases.enter("")
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Greedy accuracy and response length on the validation split."""

@@ -18,13 +18,11 @@ from sdft.encoded import Encoded
 from sdft.losses import sequence_mean, token_divergence, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
 from sdft.penalties import Penalty
-from sdft.phases import PhaseClock
 from sdft.prompts import Sees, TeacherTemplate
 from sdft.respondent import Respondent
 from sdft.rollout import Rollout, RolloutEngine, Sampling
 from sdft.run import is_logged, task_stream
 from sdft.schedule import StageSchedule
-from sdft.scoring import completion_logits
 from sdft.seeding import derive_seed, run_seed
 from sdft.weights import (
     check_identity,
@@ -69,14 +67,14 @@ class StudentModule(Respondent):
     """
 
     method = "student"
+    trains = True
+    """Whether training changes the student; where not, its evaluation is not repeated."""
     learns_from: frozenset[Origin] = frozenset(("new", "past"))
     """Rows of a batch that the method can be trained on."""
     needs_base = False
     """Whether the method itself works with the base model, tracked or not."""
     copies: tuple[str, ...] = ()
     """Submodules that are frozen fp32 copies of the student and exist in `fit` alone."""
-    trains = True
-    """Whether the method changes the student at all."""
 
     def __init__(
         self,
@@ -111,7 +109,6 @@ class StudentModule(Respondent):
         self.engine: RolloutEngine = engine or DecodeEngine()
         self.track_base = track_base
         self.penalty = penalty
-        self.phases = PhaseClock()
         self.source = ModelSource(model_name, trust_remote_code, revision)
         self.student: PreTrainedModel | None = None
         # Not a submodule: the base is neither trained, sharded nor checkpointed.
@@ -196,8 +193,11 @@ class StudentModule(Respondent):
         # A function of the place in the run, so that a resumed run draws the same rollouts.
         place = (run_seed(), self.trainer.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(derive_seed(*place))
+        self.phases.lap()
         if batch_idx == 0:
+            self.phases.enter("prepare")
             self.begin_stage(self.trainer.current_epoch)
+            self.phases.enter("")
             torch.manual_seed(derive_seed(*place))
 
     def begin_stage(self, stage: int) -> None:
@@ -223,10 +223,9 @@ class StudentModule(Respondent):
             self.log("train/penalty", self.penalty.add_gradient(self.model), batch_size=1)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the seconds that each phase of the step took."""
+        """Log how long each phase of the step took, and how many tokens a second it did."""
         self.phases.enter("")
-        seconds = {f"seconds/{phase}": value for phase, value in self.phases.lap().items()}
-        self.log_dict(seconds, batch_size=len(batch))
+        self.log_dict(self.phases.lap().scalars(), batch_size=len(batch))
 
     @property
     def logs_this_step(self) -> bool:
@@ -262,7 +261,7 @@ class StudentModule(Respondent):
     ) -> Tensor:
         """KL(base ‖ student) per token on completions of bare prompts."""
         assert self.base is not None
-        base_logits_BTV = completion_logits(self.base, prompts, completion, self.pad_id)
+        base_logits_BTV = self.logits(self.base, prompts, completion)
         per_token_BT = token_divergence(student_logits_BTV, base_logits_BTV)
         return sequence_mean(per_token_BT, completion.mask_BT)
 

@@ -195,6 +195,7 @@ def run_fit(
     module: StudentModule | None = None,
     data: ContinualDataModule | None = None,
     teacher: EMATeacher | None = None,
+    retention: Retention | None = None,
     callbacks: Sequence[Any] = (),
     ckpt_path: str | Path | None = None,
     **options: Any,
@@ -207,7 +208,7 @@ def run_fit(
         logger=TensorBoardLogger(folder / root, default_hp_metric=False),
         callbacks=[
             teacher or EMATeacher(rate=0.1),
-            Retention(),
+            retention or Retention(),
             Samples(2),
             StageCheckpoint(every_n_steps=1),
             *callbacks,

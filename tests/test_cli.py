@@ -95,6 +95,7 @@ def test_a_run_leaves_everything_in_its_folder(config: dict[str, Any], tmp_path:
         "retention.json",
         "retention.csv",
         "samples.jsonl",
+        "cost.json",
         "checkpoints/stage-1-one.ckpt",
         "checkpoints/stage-2-two.ckpt",
         "checkpoints/last.ckpt",
@@ -108,6 +109,43 @@ def test_a_run_leaves_everything_in_its_folder(config: dict[str, Any], tmp_path:
     assert [len(row) for row in report["matrix"]] == [3, 3, 3]
     assert {"score", "n", "ci95"} <= set(report["matrix"][0][0])
     check_export(folder)
+
+
+def test_the_cost_of_a_run_covers_its_evaluations(config: dict[str, Any]) -> None:
+    folder = run(config)
+    cost = json.loads((folder / "cost.json").read_text())
+    assert cost["optimizer_steps"] == 4
+    evaluated = sum(
+        cell["n"] * cell["mean_length"]
+        for row in json.loads((folder / "retention.json").read_text())["matrix"]
+        for cell in row
+    )
+    assert cost["phases"]["evaluate"]["tokens"] > evaluated
+    assert cost["phases"]["track"]["seconds"] > 0
+
+
+def test_cost_and_divergence_can_be_left_out(config: dict[str, Any]) -> None:
+    folder = run(config, "--cost.enabled", "false", "--retention.kl_to_base", "false")
+    assert not (folder / "cost.json").exists()
+    report = json.loads((folder / "retention.json").read_text())
+    assert {cell["kl_base"] for row in report["matrix"] for cell in row} == {None}
+
+
+def test_what_else_the_report_can_hold(config: dict[str, Any]) -> None:
+    flags = ["--retention.pass_at", "[1, 2]", "--retention.selection_split", "validation"]
+    folder = run(config, *flags, "--data.from_base_each_task", "true")
+    report = json.loads((folder / "retention.json").read_text())
+    assert set(report["matrix"][0][0]["pass_at"]) == {"1", "2"}
+    assert set(report["selection"]["cells"]) == {"one", "two", "prior"}
+    assert report["routed"] is True
+
+
+def test_a_bad_pass_at_is_one_clear_line(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--retention.pass_at", "[16]", "--retention.pass_samples", "8"]
+    assert main(["fit", "--config", save(config), *flags]) == 2
+    assert "k = 16 needs as many samples" in capsys.readouterr().err
 
 
 def check_export(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from sdft.metrics import (
     Cell,
+    Estimate,
     RetentionMatrix,
     retention_metrics,
     score_interval,
@@ -88,7 +89,12 @@ def test_cell_from_scores() -> None:
 
 
 @pytest.mark.parametrize(
-    "cell", [Cell.from_scores([1, 0.5], 2.0), Cell(None, 3, error="scorer raised KeyError: 'x'")]
+    "cell",
+    [
+        Cell.from_scores([1, 0.5], 2.0),
+        Cell(None, 3, error="scorer raised KeyError: 'x'"),
+        Cell(0.5, 2, (0.1, 0.9), kl_base=0.25, pass_at={"8": Estimate.from_scores([1, 0.5])}),
+    ],
 )
 def test_cell_survives_json(cell: Cell) -> None:
     values = cell.to_dict()

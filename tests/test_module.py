@@ -96,7 +96,7 @@ def test_the_student_answers_without_and_the_teacher_judges_with_the_demonstrati
         scored.append((model, prompts, completion.ids_BT.tolist()))
         return completion_logits(model, prompts, completion, pad_id)
 
-    monkeypatch.setattr("sdft.module.completion_logits", spy)
+    monkeypatch.setattr("sdft.respondent.completion_logits", spy)
     module.engine = Spy()
     module.training_step(batch, 0)
     assert generated == [(module.student, batch.student_ids)]

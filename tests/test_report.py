@@ -4,7 +4,9 @@ import csv
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 import sdft.report
-from sdft.metrics import Cell
+from sdft.metrics import Cell, Estimate
 from sdft.plots import plot_curves, plot_matrix
 from sdft.report import RetentionReport
+from sdft.selection import Selection
 
 FILES = ["curves.png", "retention.csv", "retention.json", "retention.png"]
 
@@ -33,7 +36,17 @@ def report(tasks: int = 2, suites: int = 1, stages: int = 2, name: str = "task")
 
 def test_the_json_has_exactly_the_documented_keys() -> None:
     values = report().to_dict()
-    assert set(values) == {"tasks", "suites", "matrix", "metrics", "seed", "method"}
+    assert set(values) == {
+        "tasks",
+        "suites",
+        "matrix",
+        "metrics",
+        "seed",
+        "method",
+        "stage_steps",
+        "routed",
+        "selection",
+    }
     assert set(values["metrics"]) == {"acc", "bwt", "fwt", "forgetting", "retention", "undefined"}
     assert values["metrics"]["retention"] == {"suite_0": pytest.approx(0.2)}
     assert [[cell["score"] for cell in row] for row in values["matrix"]] == [
@@ -62,6 +75,80 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     text = (tmp_path / "new" / "run" / "retention.json").read_text()
     assert "NaN" not in text
     assert json.loads(text) == made.to_dict()
+
+
+def rich() -> RetentionReport:
+    """A report with all that may be measured."""
+    made = report()
+    made.stage_steps, made.routed = [3, None], True
+    made.selection = Selection("validation", {"task-0": Cell.from_scores([1, 0, 0, 0])})
+    passes = {"8": Estimate(0.75, (0.5, 1.0)), "1": Estimate(0.25, (0.0, 0.5))}
+    made.rows[2][1] = replace(made.rows[2][1], kl_base=0.0123, pass_at=passes)
+    return made
+
+
+def test_all_that_may_be_measured_reads_back(tmp_path: Path) -> None:
+    made = rich()
+    made.write(tmp_path)
+    assert RetentionReport.load(tmp_path) == made
+    values = json.loads((tmp_path / "retention.json").read_text())
+    cell = values["matrix"][2][1]
+    assert cell["pass_at"]["8"] == {"score": 0.75, "ci95": [0.5, 1.0]}
+    assert cell["kl_base"] == 0.0123
+    assert values["selection"]["split"] == "validation"
+    assert values["selection"]["cells"]["task-0"]["score"] == 0.25
+    assert (values["stage_steps"], values["routed"]) == ([3, None], True)
+
+
+def test_a_report_of_an_older_version_reads() -> None:
+    values = report().to_dict()
+    for key in ("stage_steps", "routed", "selection"):
+        del values[key]
+    for cell in (cell for row in values["matrix"] for cell in row):
+        del cell["kl_base"], cell["pass_at"]
+    assert RetentionReport.from_dict(values) == report()
+
+
+def test_the_csv_has_columns_for_every_pass_at_k(tmp_path: Path) -> None:
+    rich().write(tmp_path)
+    with open(tmp_path / "retention.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    names = [f"pass@{k}{end}" for k in (1, 8) for end in ("", "_low", "_high")]
+    assert list(lines[0])[-7:] == ["kl_base", *names]
+    assert [lines[7][name] for name in names] == ["0.25", "0.0", "0.5", "0.75", "0.5", "1.0"]
+    assert lines[7]["kl_base"] == "0.0123"
+    assert {lines[6][name] for name in names} == {""}
+
+
+def test_a_line_for_each_thing_beside_the_scores() -> None:
+    lines = rich().summary_table().splitlines()
+    assert lines[5:9] == [
+        "routed: one model per task",
+        "KL(base ‖ student): task-1 0.012",
+        "pass@1/8: task-1 0.25/0.75",
+        "validation split: task-0 0.25",
+    ]
+    assert not any(line.startswith(("routed", "KL", "pass")) for line in _plain_lines())
+
+
+def _plain_lines() -> list[str]:
+    return report().summary_table().splitlines()
+
+
+def test_plots_of_a_router_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+
+    def plot(*args: Any) -> Figure:
+        captions.append(args[-1])
+        return Figure()
+
+    for name in ("plot_matrix", "plot_curves"):
+        monkeypatch.setattr(sdft.report, name, plot)
+    report().write(tmp_path)
+    rich().write(tmp_path)
+    assert ["routed: one model per task" in caption for caption in captions] == [False] * 2 + [
+        True
+    ] * 2
 
 
 def test_a_report_can_be_written_before_any_row(tmp_path: Path) -> None:
@@ -97,6 +184,7 @@ def test_the_csv_has_a_line_per_cell(tmp_path: Path) -> None:
         "mean_length": "4.0",
         "truncated": "0.1",
         "artifact": "0.0",
+        "kl_base": "",
     }
 
 

@@ -113,7 +113,13 @@ CASES: dict[str, dict[str, Any]] = {
         "accumulate_grad_batches": 2,
         "module": lambda: {"loss": "soft", "samples_per_prompt": 2},
     },
+    "one model per task": {"data": {"from_base_each_task": True}},
+    "everything that is measured": {
+        "retention": {"pass_at": [1, 3], "pass_samples": 5, "selection_split": "validation"}
+    },
 }
+
+EVERYWHERE = ("sdft", "one model per task", "everything that is measured")
 
 METHODS: dict[str, type[StudentModule]] = {
     "sft": SFTModule,
@@ -148,6 +154,7 @@ class Runs:
         self.method = options.pop("method", "sdft")
         self.module = options.pop("module", dict)
         self.every_n_steps = options.pop("every_n_steps", 1)
+        self.retention = options.pop("retention", {})
         data = options.pop("data", {})
         self.data = {"steps": None, **data} if "epochs" in data else data
         self.options = options
@@ -168,8 +175,9 @@ class Runs:
             build_module(self.folder, self.method, **self.module()),
             stream(**self.data),
             EMATeacher(rate=0.1, every_n_steps=self.every_n_steps),
-            [] if ckpt_path else [every_step],
-            ckpt_path,
+            Retention(**self.retention),
+            callbacks=[] if ckpt_path else [every_step],
+            ckpt_path=ckpt_path,
             **self.options | options,
         )
 
@@ -233,7 +241,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(case: str, fit: Fit, tmp_path: P
     expected, retention = outcome(trainer, module), report(trainer)
     assert trainer.global_step == sum(trainer.datamodule.schedule_steps())
     found = list(places(runs, trainer).items())
-    for place, path in found if case == "sdft" else found[:4]:
+    for place, path in found if case in EVERYWHERE else found[:4]:
         resumed, student = runs(f"from {place}", path)
         assert_same(outcome(resumed, student), expected)
         if place != "the end of the run":

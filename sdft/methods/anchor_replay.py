@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from sdft.batch import Batch
 from sdft.module import SDFTModule
 from sdft.rollout import Rollout
-from sdft.scoring import completion_logits
 from sdft.weights import set_weights
 
 AnchorKind = Literal["stage_start", "base"]
@@ -61,9 +60,8 @@ class AnchorReplayModule(SDFTModule):
             return super().score(batch, completion)
         new = [row for row in range(len(batch)) if row not in set(past)]
         assert self.anchor is not None
-        anchored = completion_logits(
-            self.anchor, batch.rows(past).student_ids, completion.rows(past), self.pad_id
-        )
+        prompts = batch.rows(past).student_ids
+        anchored = self.logits(self.anchor, prompts, completion.rows(past))
         if not new:
             return anchored
         taught = super().score(batch.rows(new), completion.rows(new))

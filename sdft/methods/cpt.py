@@ -12,7 +12,6 @@ from sdft.examples import Example
 from sdft.methods.sft import SFTModule
 from sdft.rollout import Rollout
 from sdft.run import task_stream
-from sdft.scoring import completion_logits
 
 Text = Literal["context", "demonstration", "prompt_and_demonstration"]
 """Which text of an example is the document."""
@@ -76,7 +75,7 @@ class CPTModule(SFTModule):
     def supervised(self, batch: Batch) -> Tensor:
         """Mean loss of the tokens of the batch's documents; logged."""
         batch, target = self.reading(batch)
-        logits_BTV = completion_logits(self.model, batch.student_ids, target, self.pad_id)
+        logits_BTV = self.logits(self.model, batch.student_ids, target)
         loss = self.token_loss(logits_BTV, target.ids_BT)[target.mask_BT].mean()
         self.phases.enter("track")
         self._log_step(batch, target, loss, logits_BTV.detach())

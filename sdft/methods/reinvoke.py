@@ -11,7 +11,6 @@ from sdft.batch import Batch, Origin
 from sdft.losses import check_alpha, sequence_mean, token_divergence
 from sdft.methods.sft import SFTModule
 from sdft.rollout import Rollout, Sampling
-from sdft.scoring import completion_logits
 
 
 class ReinvokeModule(SFTModule):
@@ -71,9 +70,9 @@ class ReinvokeModule(SFTModule):
         completion = self.sample(self.model, batch.student_ids, self.sampling)
         self.phases.enter("score")
         with torch.no_grad():
-            base_BTV = completion_logits(self.base, batch.student_ids, completion, self.pad_id)
+            base_BTV = self.logits(self.base, batch.student_ids, completion)
         self.phases.enter("update")
-        student_BTV = completion_logits(self.model, batch.student_ids, completion, self.pad_id)
+        student_BTV = self.logits(self.model, batch.student_ids, completion)
         loss = self.divergence(student_BTV, base_BTV, completion)
         self.phases.enter("track")
         self._log_answers(completion, loss.detach())

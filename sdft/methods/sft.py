@@ -8,7 +8,6 @@ from torch import Tensor
 from sdft.batch import Batch, pad
 from sdft.losses import sequence_mean, token_cross_entropy
 from sdft.rollout import Rollout
-from sdft.scoring import completion_logits
 from sdft.student import StudentModule
 
 
@@ -32,7 +31,7 @@ class SFTModule(StudentModule):
     def supervised(self, batch: Batch) -> Tensor:
         """Mean loss of the batch's targets; logged."""
         target = self.targets(batch)
-        logits_BTV = completion_logits(self.model, batch.student_ids, target, self.pad_id)
+        logits_BTV = self.logits(self.model, batch.student_ids, target)
         loss = sequence_mean(self.token_loss(logits_BTV, target.ids_BT), target.mask_BT)
         self.phases.enter("track")
         self._log_step(batch, target, loss, logits_BTV.detach())

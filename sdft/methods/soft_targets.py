@@ -22,7 +22,6 @@ from sdft.losses import sequence_mean, token_divergence, zero_loss
 from sdft.methods.offline import OfflineModule
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
-from sdft.scoring import completion_logits
 from sdft.stores import Store
 from sdft.target_file import SOFT_TARGETS, SoftTargets, write_soft_targets
 from sdft.topk import TopK, topk_divergence, topk_targets
@@ -155,7 +154,7 @@ class SoftTargetModule(OfflineModule):
         """The base's targets of each completion, without its padding, on the CPU."""
         assert self.base is not None
         with self.forward_precision():
-            logits_BTV = completion_logits(self.base, prompts, completion, self.pad_id)
+            logits_BTV = self.logits(self.base, prompts, completion)
         target = topk_targets(logits_BTV, self.targets_per_token, self.sampling.temperature)
         lengths = completion.lengths_B.tolist()
         return [
@@ -197,7 +196,7 @@ class SoftTargetModule(OfflineModule):
         rows, places = self.answered(batch, batch.student_ids, batch_idx)
         assert len(rows) == len(batch), "mixtures draw no prompt without an answer"
         completion = self.completions(places)
-        logits_BTV = completion_logits(self.model, rows.student_ids, completion, self.pad_id)
+        logits_BTV = self.logits(self.model, rows.student_ids, completion)
         per_token_BT = self._divergence(rows, places, completion, logits_BTV)
         loss = sequence_mean(per_token_BT, completion.mask_BT)
         self.log("train/distillation", loss.detach(), batch_size=len(batch))
@@ -212,7 +211,7 @@ class SoftTargetModule(OfflineModule):
             return topk_divergence(logits_BTV, target, temperature)
         assert self.base is not None
         with torch.no_grad():
-            base_BTV = completion_logits(self.base, batch.student_ids, completion, self.pad_id)
+            base_BTV = self.logits(self.base, batch.student_ids, completion)
         scaled_BTV = logits_BTV.float() / temperature
         return token_divergence(scaled_BTV, base_BTV.float() / temperature)
 

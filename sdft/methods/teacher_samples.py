@@ -20,7 +20,6 @@ from sdft.losses import sequence_mean, token_divergence, zero_loss
 from sdft.methods.offline import OfflineModule
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
-from sdft.scoring import completion_logits
 
 Loss = Literal["hard", "soft"]
 
@@ -95,7 +94,7 @@ class TeacherSampleModule(OfflineModule):
         if not places:
             return zero_loss(self.model.parameters())
         completion = self.completions(places)
-        logits_BTV = completion_logits(self.model, rows.student_ids, completion, self.pad_id)
+        logits_BTV = self.logits(self.model, rows.student_ids, completion)
         per_token_BT = self._per_token(rows, completion, logits_BTV)
         loss = sequence_mean(per_token_BT, completion.mask_BT)
         self.phases.enter("track")
@@ -108,7 +107,7 @@ class TeacherSampleModule(OfflineModule):
             return self.token_loss(logits_BTV, completion.ids_BT)
         assert self.base is not None
         with torch.no_grad():
-            teacher_BTV = completion_logits(self.base, batch.teacher_ids, completion, self.pad_id)
+            teacher_BTV = self.logits(self.base, batch.teacher_ids, completion)
         temperature = self.sampling.temperature
         scaled_BTV = logits_BTV.float() / temperature
         return token_divergence(scaled_BTV, teacher_BTV.float() / temperature)

@@ -1,0 +1,148 @@
+"""Evaluates a student on one column of the retention matrix: a task or a suite."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from sdft.base_kl import BaseResponses
+from sdft.encoded import Encoded
+from sdft.evaluation import Artifacts, Response, score_responses, summarise
+from sdft.metrics import Cell, Estimate
+from sdft.pass_at import PassAt
+from sdft.rollout import Sampling
+from sdft.seeding import derive_seed, run_seed
+from sdft.student import StudentModule
+from sdft.tasks import Task
+
+log = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Turns a student and examples into cells.
+
+    Args:
+        artifacts: Tells artifacts of the demonstration.
+        base: Measures the divergence from the base; left out when None.
+        pass_at: Which pass@k can be measured; none when None.
+    """
+
+    def __init__(
+        self, artifacts: Artifacts, base: BaseResponses | None, pass_at: PassAt | None
+    ) -> None:
+        self.artifacts = artifacts
+        self.base = base
+        self.pass_at = pass_at
+
+    def score(
+        self, module: StudentModule, task: Task, encoded: Sequence[Encoded], batch_size: int
+    ) -> Cell:
+        """The cell of the greedy responses alone."""
+        return self._summary(task, encoded, respond_all(module, encoded, batch_size))
+
+    def cell(
+        self,
+        module: StudentModule,
+        task: Task,
+        encoded: Sequence[Encoded],
+        batch_size: int,
+        stage: int,
+        with_pass_at: bool,
+    ) -> Cell:
+        """The cell with everything that is measured.
+
+        Args:
+            module: Holds the student and the base.
+            task: The task or suite.
+            encoded: Its examples.
+            batch_size: Prompts at once.
+            stage: Finished stages; at 0 the student is still the base.
+            with_pass_at: Draw samples for pass@k, too.
+        """
+        responses = respond_all(module, encoded, batch_size)
+        cell = self._summary(task, encoded, responses)
+        if self.base is not None:
+            if stage == 0:
+                self.base.keep(task.name, responses)
+            kl = self.base.divergence(module, task.name, encoded, batch_size)
+            cell = replace(cell, kl_base=kl)
+        if self.pass_at is not None and with_pass_at and cell.score is not None:
+            passes = sample_passes(self.pass_at, module, task, encoded, batch_size, stage)
+            cell = replace(cell, pass_at=passes)
+        return cell
+
+    def _summary(
+        self, task: Task, encoded: Sequence[Encoded], responses: Sequence[Response]
+    ) -> Cell:
+        return summarise(task, [item.example for item in encoded], responses, self.artifacts)
+
+
+def sample_passes(
+    pass_at: PassAt,
+    module: StudentModule,
+    task: Task,
+    encoded: Sequence[Encoded],
+    batch_size: int,
+    stage: int,
+) -> dict[str, Estimate] | None:
+    """pass@k of one column; None when the scorer fails on a sample.
+
+    Args:
+        pass_at: Which k, and how the samples are drawn.
+        module: Holds the student.
+        task: The task or suite.
+        encoded: Its examples, at least one.
+        batch_size: Responses at once.
+        stage: Finished stages; it enters the seed.
+    """
+    n = pass_at.samples
+    scores: list[float] = []
+    items = sorted(encoded[: pass_at.limit], key=lambda item: len(item.student_ids))
+    together = max(1, batch_size // n)  # examples at a time: only their scores are kept
+    # A seed of its own, so that looking never changes what is trained.
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(run_seed(), "pass@k", task.name, stage))
+        for start in range(0, len(items), together):
+            rows = [item for item in items[start : start + together] for _ in range(n)]
+            try:
+                scores += _sampled_scores(pass_at, module, task, rows, batch_size)
+            except ValueError as error:
+                log.warning("%s", error)
+                return None
+    return pass_at.estimates([scores[start : start + n] for start in range(0, len(scores), n)])
+
+
+def _sampled_scores(
+    pass_at: PassAt, module: StudentModule, task: Task, rows: list[Encoded], batch_size: int
+) -> list[float]:
+    sampling = Sampling(module.greedy.max_new_tokens, pass_at.temperature)
+    responses = respond_all(module, rows, batch_size, sampling)
+    return score_responses(task, [row.example for row in rows], responses)
+
+
+def respond_all(
+    module: StudentModule,
+    encoded: Sequence[Encoded],
+    batch_size: int,
+    sampling: Sampling | None = None,
+) -> list[Response]:
+    """Responses to all examples, in their order; batched by length to save padding.
+
+    Args:
+        module: Answers.
+        encoded: The examples.
+        batch_size: Prompts at once.
+        sampling: How they are drawn; greedily when None.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].student_ids))
+    responses: list[Response | None] = [None] * len(encoded)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        prompts = [encoded[i].student_ids for i in chosen]
+        answers = module.respond(prompts, sampling or module.greedy)
+        for i, response in zip(chosen, answers, strict=True):
+            responses[i] = response
+    return [response for response in responses if response is not None]

@@ -1,0 +1,143 @@
+"""Cells of the matrix: what is asked, and what is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LETTERS, make_module, sharpen
+
+from sdft import Example, PythonTask, SDFTModule
+from sdft.encoded import Encoded
+from sdft.evaluation import Artifacts
+from sdft.evaluator import Evaluator, respond_all, sample_passes
+from sdft.pass_at import PassAt, pass_at_k
+from sdft.rollout import Sampling
+from sdft.scorers import Scorer
+
+WORDS = ["a", "b c d e", "c d", "d e f g h a", "e"]
+
+
+class BeginsWith(Scorer):
+    """1 where the response begins with the answer, a half where it holds it somewhere."""
+
+    def __call__(self, response: str, example: Example) -> float:
+        words = response.split()
+        return 1.0 if words[:1] == [example.answer] else 0.5 * (example.answer in words)
+
+
+@pytest.fixture
+def module(model_dir: Path) -> SDFTModule:
+    made = make_module(model_dir)
+    made.configure_model()
+    sharpen(made.model, 2.0)
+    return made
+
+
+def encode(module: SDFTModule) -> list[Encoded]:
+    examples = [Example(({"role": "user", "content": word},), word[0]) for word in WORDS]
+    return [Encoded(e, module.encoder.student_ids(e), []) for e in examples]
+
+
+def task(scorer: Scorer | None = None) -> PythonTask:
+    return PythonTask("task", scorer=scorer or BeginsWith())
+
+
+def test_answers_stand_in_the_order_of_their_examples(module: SDFTModule) -> None:
+    encoded = encode(module)
+    alone = [module.respond([item.student_ids], module.greedy)[0] for item in encoded]
+    for size in (1, 2, 3, 10):
+        assert respond_all(module, encoded, size) == alone
+
+
+def test_responses_keep_their_tokens(module: SDFTModule) -> None:
+    for response in respond_all(module, encode(module), 3):
+        assert module.decode(response.ids) == response.text
+        assert len(response.ids) == response.tokens
+
+
+# ---------------------------------------------------------------- pass@k
+
+
+def test_passes_are_those_of_the_samples(
+    module: SDFTModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each example is drawn for as often as was asked, and judged by its own answer."""
+    drawn: dict[tuple[int, ...], list[str]] = {}
+    real = module.respond
+
+    def respond(prompts: list[list[int]], sampling: Sampling) -> list:  # type: ignore[type-arg]
+        assert sampling == Sampling(module.greedy.max_new_tokens, temperature=1.5)
+        responses = real(prompts, sampling)
+        for prompt, response in zip(prompts, responses, strict=True):
+            drawn.setdefault(tuple(prompt), []).append(response.text)
+        return responses
+
+    monkeypatch.setattr(module, "respond", respond)
+    encoded = encode(module)
+    pass_at = PassAt((1, 3, 40), 40, temperature=1.5, limit=4)
+    found = sample_passes(pass_at, module, task(), encoded, 16, stage=1)
+    assert set(drawn) == {tuple(item.student_ids) for item in encoded[:4]}
+    assert {len(texts) for texts in drawn.values()} == {40}
+    passed = [
+        sum(text.split()[:1] == [item.example.answer] for text in drawn[tuple(item.student_ids)])
+        for item in encoded[:4]
+    ]
+    assert 0 < sum(passed) < 160
+    assert found is not None
+    for k in (1, 3, 40):
+        expected = sum(pass_at_k(40, count, k) for count in passed) / 4
+        assert found[str(k)].score == pytest.approx(expected)
+
+
+def test_draws_depend_on_seed_stage_and_column_alone(
+    module: SDFTModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, pass_at = encode(module), PassAt((1, 8), 24)
+    first = sample_passes(pass_at, module, task(), encoded, 48, stage=1)
+    torch.manual_seed(5)
+    assert sample_passes(pass_at, module, task(), encoded, 48, stage=1) == first
+    others = [
+        sample_passes(pass_at, module, task(), encoded, 48, stage=2),
+        sample_passes(pass_at, module, PythonTask("b", scorer=BeginsWith()), encoded, 48, stage=1),
+    ]
+    monkeypatch.setenv("PL_GLOBAL_SEED", "99")
+    others.append(sample_passes(pass_at, module, task(), encoded, 48, stage=1))
+    assert first not in others
+
+
+def test_drawing_leaves_the_generator_alone(module: SDFTModule) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sample_passes(PassAt((1,), 4), module, task(), encode(module), 8, stage=0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+class Raises(Scorer):
+    """Fails on what was drawn."""
+
+    def __call__(self, response: str, example: Example) -> float:
+        raise KeyError("tool")
+
+
+def test_a_scorer_that_raises_costs_pass_at_k(
+    module: SDFTModule, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sample_passes(PassAt((1,), 2), module, task(Raises()), encode(module), 8, 0) is None
+    assert "'task' raised KeyError" in caplog.text
+
+
+def test_a_cell_has_pass_at_k_where_it_is_wanted(module: SDFTModule) -> None:
+    evaluator = Evaluator(Artifacts(), None, PassAt((1, 2), 4))
+    encoded = encode(module)
+    with_it = evaluator.cell(module, task(), encoded, 8, stage=0, with_pass_at=True)
+    without = evaluator.cell(module, task(), encoded, 8, stage=0, with_pass_at=False)
+    assert with_it.pass_at is not None
+    assert set(with_it.pass_at) == {"1", "2"}
+    assert without.pass_at is without.kl_base is None
+    assert with_it.score == without.score == evaluator.score(module, task(), encoded, 8).score
+    nothing = evaluator.cell(module, task(), [], 8, stage=0, with_pass_at=True)
+    assert (nothing.n, nothing.pass_at) == (0, None)
+    assert set(LETTERS) > {item.example.answer for item in encoded}
