@@ -44,8 +44,10 @@ from sdft.student import StudentModule
 TRACEBACK = "SDFT_TRACEBACK"
 """Set this environment variable to see the Python traceback behind an error."""
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {"compare": "sdft.comparison.command"}
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
+
+EPILOG = f"Beside these: {', '.join(COMMANDS)} (python -m sdft COMMAND --help)."
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,  # the data module sets it to the number of stages
@@ -209,7 +211,7 @@ def _run_lightning(args: list[str] | None) -> None:
         seed_everything_default=0,
         trainer_defaults=dict(TRAINER_DEFAULTS),
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"description": __doc__.splitlines()[0]},
+        parser_kwargs={"description": __doc__.splitlines()[0], "epilog": EPILOG},
         parser_class=Parser,
         args=args,
     )
