@@ -48,9 +48,12 @@ TRACEBACK = "SDFT_TRACEBACK"
 
 COMMANDS: dict[str, str] = {
     "budget": "sdft.budget_command",
+    "compare": "sdft.comparison.command",
     "self_edits": "sdft.self_edits.command",
 }
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
+
+EPILOG = f"Beside these: {', '.join(COMMANDS)} (python -m sdft COMMAND --help)."
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,  # the data module sets it to the number of stages
@@ -216,7 +219,7 @@ def _run_lightning(args: list[str] | None) -> None:
         seed_everything_default=0,
         trainer_defaults=dict(TRAINER_DEFAULTS),
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"description": __doc__.splitlines()[0]},
+        parser_kwargs={"description": __doc__.splitlines()[0], "epilog": EPILOG},
         parser_class=Parser,
         args=args,
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-_T95_SMALL = {1: 12.706, 2: 4.303}  # where the expansion in `_t95` is not yet good
+_T95_SMALL = {1: 12.706, 2: 4.303}  # where the expansion in `t95` is not yet good
 _Z95 = 1.96
 
 
@@ -64,11 +64,11 @@ def score_interval(scores: Sequence[float]) -> tuple[float, float]:
         return wilson_interval(total, n)
     mean = total / n
     variance = math.fsum((score - mean) ** 2 for score in scores) / (n - 1)
-    half = _t95(n - 1) * math.sqrt(variance / n)
+    half = t95(n - 1) * math.sqrt(variance / n)
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def _t95(freedom: int) -> float:
+def t95(freedom: int) -> float:
     """Student's t quantile at .975, within .1 % (Abramowitz & Stegun 26.7.5)."""
     if freedom in _T95_SMALL:
         return _T95_SMALL[freedom]

@@ -24,7 +24,12 @@ from sdft.cli import main
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    # Comparisons are no configurations of a run: tests/comparison/ reads them.
+    file
+    for file in (ROOT / "configs").rglob("*.yaml")
+    if not file.name.startswith("compare_")
+)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import sdft.callbacks
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = [path for path in sorted((ROOT / "sdft").rglob("*.py")) if path.name not in ("cli.py",)]
-ENTRY = {"sdft/__main__.py"}
+ENTRY = {"sdft/__main__.py", "sdft/comparison/command.py"}
 
 
 def imported(path: Path) -> set[str]:

@@ -1,0 +1,175 @@
+"""What the runs of a comparison left behind, loaded and checked to belong together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdft.comparison.folder import RunFolder, read_json
+from sdft.comparison.plan import Plan, Run
+from sdft.comparison.settings import BUDGET, EVALUATION, check_matched
+from sdft.metrics import retention_metrics
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        run: The run.
+        folder: Its folder.
+        retention: The content of its `retention.json`.
+        cost: The content of its `cost.json`; None when there is none.
+        seconds: Wall-clock time of the whole process, start and evaluation included.
+    """
+
+    run: Run
+    folder: Path
+    retention: dict[str, Any]
+    cost: dict[str, Any] | None = None
+    seconds: float | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in their order of training."""
+        return list(self.retention["tasks"])
+
+    @property
+    def suites(self) -> list[str]:
+        """The prior suites."""
+        return list(self.retention["suites"])
+
+    @property
+    def columns(self) -> list[str]:
+        """Tasks, then suites."""
+        return [*self.tasks, *self.suites]
+
+    @cached_property
+    def scores(self) -> list[list[float | None]]:
+        """The matrix `[rows][columns]`, the base row first; None where undefined."""
+        return self.cells("score")
+
+    def cells(self, key: str) -> list[list[float | None]]:
+        """A value of every cell `[rows][columns]`; None where there is none."""
+        return [[cell.get(key) for cell in row] for row in self.retention["matrix"]]
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """ACC, BWT, FWT, forgetting, retention per suite; see `retention_metrics`."""
+        rows = [[math.nan if score is None else score for score in row] for row in self.scores]
+        matrix = torch.tensor(rows, dtype=torch.float64)
+        return retention_metrics(matrix, self.tasks, self.suites)
+
+    def final(self, key: str, names: Sequence[str]) -> float | None:
+        """The mean of a value over some columns of the last row; None when one is missing."""
+        row = dict(zip(self.columns, self.cells(key)[-1], strict=True))
+        return mean_of([row[name] for name in names])
+
+    @property
+    def selection(self) -> dict[str, float]:
+        """The final model's scores on the split that chooses the learning rate, where defined."""
+        cells = (self.retention.get("selection") or {}).get("cells") or {}
+        scores = {name: cell.get("score") for name, cell in cells.items()}
+        return {name: scores[name] for name in self.columns if scores.get(name) is not None}
+
+    @property
+    def steps(self) -> list[int] | None:
+        """Optimizer steps of each stage, where the run tells."""
+        return self.retention.get("stage_steps")
+
+    def spent(self, part: str, unit: str) -> float | None:
+        """What the run cost, for example `training`, `seconds`; None when it was not measured."""
+        value = ((self.cost or {}).get(part) or {}).get(unit)
+        return None if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not end well: why, and the end of its log."""
+
+    run: Run
+    reason: str
+    log: list[str]
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that there is of a plan.
+
+    Attributes:
+        finished: Finished runs, in the plan's order.
+        failed: Failed ones.
+        missing: Runs that were neither.
+    """
+
+    finished: list[Result]
+    failed: list[Failure]
+    missing: list[Run]
+
+
+def load_results(plan: Plan) -> Results:
+    """Read every run of the plan from its folder.
+
+    Raises:
+        ValueError: Two runs differ in their tasks, suites, budget or evaluation.
+    """
+    finished: list[Result] = []
+    failed: list[Failure] = []
+    missing: list[Run] = []
+    for run in plan.runs:
+        folder = RunFolder(plan.folder(run))
+        mark, failure = folder.mark(), folder.failure()
+        if mark is not None and folder.shortfall() is None:
+            report = read_json(folder.path / "retention.json")
+            assert report is not None
+            cost = read_json(folder.path / "cost.json")
+            finished.append(Result(run, folder.path, report, cost, mark.get("seconds")))
+        elif failure is not None:
+            failed.append(Failure(run, failure["reason"], list(failure["log"])))
+        else:
+            missing.append(run)
+    check_same_stream(finished)
+    _check_settings(finished)
+    return Results(finished, failed, missing)
+
+
+def check_same_stream(results: Sequence[Result]) -> None:
+    """All runs must have the same columns.
+
+    Raises:
+        ValueError: Two have not; names both and their lists.
+    """
+    for kind in ("tasks", "suites"):
+        for other in results[1:]:
+            here, there = getattr(results[0], kind), getattr(other, kind)
+            if here != there:
+                raise ValueError(
+                    f"the runs {results[0].folder} and {other.folder} have different {kind}: "
+                    f"{here} and {there}; only runs on one stream can be compared"
+                )
+
+
+def _check_settings(results: Sequence[Result]) -> None:
+    found = {}
+    for result in results:
+        settings = RunFolder(result.folder).settings()
+        if settings is None:
+            raise ValueError(f"{result.folder}: there is no readable run.yaml")
+        found[f"the run {result.folder}"] = settings
+    check_matched(found, EVALUATION)
+    rated = [f"the run {r.folder}" for r in results if r.run.rate is not None]
+    check_matched({name: found[name] for name in rated}, BUDGET)
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean; None when there is nothing, or a value is missing."""
+    defined = [value for value in values if value is not None]
+    if not defined or len(defined) < len(values):
+        return None
+    return math.fsum(defined) / len(defined)
