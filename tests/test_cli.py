@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -368,3 +369,19 @@ def test_a_terminated_run_says_so_and_how_to_go_on(
     monkeypatch.setattr("sdft.cli.SDFTCLI", terminated)
     assert main(["fit"]) == 128 + signal.SIGTERM
     assert "go on with --ckpt_path last" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overlay", METHODS, ids=lambda path: path.stem)
+def test_every_method_is_an_overlay_on_any_stream(
+    config: dict[str, Any], overlay: Path, tmp_path: Path
+) -> None:
+    if overlay.stem == "oracle_rag":
+        for name in ("train", "test"):
+            rows = [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
+            write_jsonl(tmp_path / f"{name}.jsonl", [{**row, "context": "g h"} for row in rows])
+    config["data"]["general"] = [task("any", train="validation.jsonl")]
+    folder = run(config, "--config", str(overlay), "--data.batch_size", "2")
+    report = json.loads((folder / "retention.json").read_text())
+    labels = {"l2": "sdft+l2", "ewc": "sdft+ewc", "anchor_replay": "anchor_replay+replay"}
+    assert report["method"] == labels.get(overlay.stem, overlay.stem)
+    assert len(report["matrix"]) == 3
