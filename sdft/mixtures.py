@@ -95,7 +95,7 @@ class PastReplay(Mixture):
         if not past:
             return batches
         rng = random.Random(derive_seed(seed, self.label, stage))
-        counts = shares([len(batch) for batch in batches], self.ratio)
+        counts = shares([_new_rows(batch) for batch in batches], self.ratio)
         return [
             [*batch, *(rng.choice(rng.choice(past)) for _ in range(count))]
             for batch, count in zip(batches, counts, strict=True)
@@ -127,7 +127,7 @@ class GeneralPrompts(Mixture):
     def mix(self, stream: Stream, stage: int, batches: Batches, seed: int) -> Batches:
         """Append general prompts to each batch."""
         draw = _PromptDraw(stream.general_prompts(), derive_seed(seed, self.label, stage))
-        counts = shares([len(batch) for batch in batches], self.ratio)
+        counts = shares([_new_rows(batch) for batch in batches], self.ratio)
         return [[*batch, *draw.take(count)] for batch, count in zip(batches, counts, strict=True)]
 
 
@@ -218,6 +218,11 @@ def shares(sizes: Sequence[int], ratio: float) -> list[int]:
     """
     totals = [math.floor(total * ratio + 1e-9) for total in accumulate(sizes, initial=0)]
     return [after - before for before, after in pairwise(totals)]
+
+
+def _new_rows(batch: Sequence[Encoded]) -> int:
+    """Rows that no mixture added: ratios count against these, in whatever order mixtures stand."""
+    return sum(item.origin == "new" for item in batch)
 
 
 def _checked_ratio(ratio: float) -> float:

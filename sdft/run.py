@@ -41,7 +41,7 @@ def method_label(trainer: Trainer) -> str:
     parts += [mixture.label for mixture in data.mixtures]
     parts += [penalty.label] if (penalty := getattr(module, "penalty", None)) else []
     parts += ["zoo"] if data.from_base_each_task else []
-    return "+".join(parts)
+    return "+".join(dict.fromkeys(parts))  # the re-invoke method with its mixture is named once
 
 
 def end_stage(trainer: Trainer) -> None:

@@ -30,6 +30,7 @@ CONFIGS = sorted(
     for file in (ROOT / "configs").rglob("*.yaml")
     if not file.name.startswith("compare_")
 )
+METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -427,3 +428,19 @@ def test_a_terminated_run_says_so_and_how_to_go_on(
     monkeypatch.setattr("sdft.cli.SDFTCLI", terminated)
     assert main(["fit"]) == 128 + signal.SIGTERM
     assert "go on with --ckpt_path last" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overlay", METHODS, ids=lambda path: path.stem)
+def test_every_method_is_an_overlay_on_any_stream(
+    config: dict[str, Any], overlay: Path, tmp_path: Path
+) -> None:
+    if overlay.stem == "oracle_rag":
+        for name in ("train", "test"):
+            rows = [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
+            write_jsonl(tmp_path / f"{name}.jsonl", [{**row, "context": "g h"} for row in rows])
+    config["data"]["general"] = [task("any", train="validation.jsonl")]
+    folder = run(config, "--config", str(overlay), "--data.batch_size", "2")
+    report = json.loads((folder / "retention.json").read_text())
+    labels = {"l2": "sdft+l2", "ewc": "sdft+ewc", "anchor_replay": "anchor_replay+replay"}
+    assert report["method"] == labels.get(overlay.stem, overlay.stem)
+    assert len(report["matrix"]) == 3

@@ -14,6 +14,7 @@ from sdft.examples import Example, as_messages
 from sdft.prompts import (
     DEFAULT_TEACHER_TEMPLATE,
     PLAIN_CHAT_TEMPLATE,
+    TEXT_TEACHER_TEMPLATE,
     PromptEncoder,
     TeacherTemplate,
 )
@@ -123,6 +124,64 @@ def test_only_the_last_user_turn_changes() -> None:
     assert found[:-1] == messages[:-1]
     assert found[-1] == {"role": "user", "content": "a then b", "name": "Ann"}
     assert given_.messages == messages
+
+
+# ---------------------------------------------------------------- what the teacher sees
+
+
+def test_text_and_answer_is_the_default() -> None:
+    assert TeacherTemplate().sees == "text_and_answer"
+    shown = TeacherTemplate(sees="text_and_answer").render(example("Q?", "A!", "facts"))
+    assert shown == TeacherTemplate().render(example("Q?", "A!", "facts"))
+    assert "facts" in shown
+    assert "A!" in shown
+
+
+def test_the_text_alone() -> None:
+    template = TeacherTemplate(sees="text")
+    expected = "Q?\n\nfacts\n\nNow answer the question with a response of your own."
+    assert template.text == TEXT_TEACHER_TEMPLATE
+    assert template.render(example("Q?", "A!", "facts")) == expected
+    assert template.render(example("Q?", None, "facts")) == expected, "no demonstration is needed"
+    with pytest.raises(ValueError, match=r"'text', but an example has no context: 'Q\?'"):
+        template.render(example("Q?", "A!"))
+
+
+def test_the_answer_alone() -> None:
+    template = TeacherTemplate(sees="answer")
+    with_context = template.render(example("Q?", "A!", "facts"))
+    assert with_context == TeacherTemplate().render(example("Q?", "A!"))
+    assert "facts" not in with_context
+    bare = TeacherTemplate("{prompt} {demonstration}", sees="answer")
+    assert bare.render(example(context="c")) == "a b", "a context without a place is no error"
+    with pytest.raises(ValueError, match="no demonstration"):
+        template.render(example(demonstration=None, context="facts"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sees", "reason"),
+    [
+        ("{prompt} {demonstration}", "text", r"lacks \{context\}"),
+        ("{context}", "text", r"lacks \{prompt\}"),
+        ("{prompt} {context} {demonstration}", "text", r"shows the \{demonstration\}"),
+        ("{prompt} {context}", "answer", r"lacks \{demonstration\}"),
+        ("{prompt} {context}", "text_and_answer", r"lacks \{demonstration\}"),
+        (None, "everything", "teacher_sees must be one of .*found 'everything'"),
+    ],
+)
+def test_a_template_that_does_not_fit_what_is_seen(
+    text: str | None, sees: Any, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        TeacherTemplate(text, sees)
+
+
+@pytest.mark.parametrize("sees", ["text_and_answer", "text", "answer"])
+def test_the_student_sees_neither_whatever_the_teacher_sees(sees: Any) -> None:
+    encode = PromptEncoder(make_tokenizer(), TeacherTemplate(sees=sees))
+    bare, full = example("a", "b", ""), example("a", "b", "c")
+    assert encode.student_ids(full) == encode.student_ids(bare)
+    assert encode.teacher_ids(full) != encode.student_ids(full)
 
 
 # ---------------------------------------------------------------- through the chat template

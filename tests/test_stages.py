@@ -158,3 +158,21 @@ def test_the_runs_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_seed() == 41
     monkeypatch.delenv("PL_GLOBAL_SEED")
     assert run_seed() == 0
+
+
+# ---------------------------------------------------------------- parts of a stage
+
+
+@given(parts=st.lists(st.integers(1, 12), min_size=1, max_size=4), accumulate=st.integers(1, 5))
+def test_the_steps_of_the_parts_are_the_stages(parts: list[int], accumulate: int) -> None:
+    found = steps_of_parts(parts, accumulate)
+    assert len(found) == len(parts)
+    owners = [part for part, batches in enumerate(parts) for _ in range(batches)]
+    firsts = owners[::accumulate]  # the part in which each optimizer step begins
+    assert found == [firsts.count(part) for part in range(len(parts))]
+
+
+def test_a_step_that_reaches_into_the_next_part_counts_for_the_first() -> None:
+    assert steps_of_parts([5, 3], 2) == [3, 1]
+    assert steps_of_parts([5, 3], 1) == [5, 3]
+    assert steps_of_parts([1, 1], 2) == [1, 0]

@@ -43,6 +43,7 @@ def test_checkpoints_load_without_pickle_and_know_their_place(fit: Fit) -> None:
             **identity(module.model),
             "method": "sdft",
             "model": module.model_name,
+            "penalty": "",
         }
         assert "hyper_parameters" not in found, "they would override the configuration on resume"
     assert steps == {"stage-1-first.ckpt": 3, "stage-2-second.ckpt": 6, "last.ckpt": 6}
