@@ -372,3 +372,22 @@ def test_a_terminated_run_says_so_and_how_to_go_on(
     monkeypatch.setattr("sdft.cli.SDFTCLI", terminated)
     assert main(["fit"]) == 128 + signal.SIGTERM
     assert "go on with --ckpt_path last" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["soft_targets", "soft_targets_split", "teacher_samples"])
+def test_the_offline_methods_run(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    suite = {
+        "class_path": "sdft.world.WorldSuite",
+        "init_args": {"kind": "named", "train_size": 16},
+    }
+    general = tmp_path / "general.yaml"
+    general.write_text(yaml.safe_dump({"data": {"general": [suite]}}))
+    overlays = (f"configs/methods/{method}.yaml", str(general), "configs/smoke.yaml")
+    flags = [part for file in ("configs/seq_skills.yaml", *overlays) for part in ("-c", file)]
+    assert main(["fit", *flags, "--trainer.default_root_dir", str(tmp_path)]) == 0
+    (manifest,) = tmp_path.rglob("generated/*/store.json")
+    assert json.loads(manifest.read_text())["facts"]["kept"] > 0
