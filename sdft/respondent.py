@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.batch import Batch
+from sdft.encoded import Encoded
 from sdft.evaluation import Response, score_responses
 from sdft.models import ModelSource, eos_token_ids
 from sdft.prompts import PromptEncoder, TeacherTemplate
@@ -61,6 +62,10 @@ class Respondent(LightningModule):
         config = self.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         return None if context is None else int(context) - self.greedy.max_new_tokens
+
+    def takes(self, prompt: Encoded) -> bool:
+        """Whether mixtures may draw this general prompt; all of them by default."""
+        return True
 
     @cached_property
     def eos_ids(self) -> list[int]:

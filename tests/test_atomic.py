@@ -65,9 +65,13 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_failed_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "store") as temporary:
-        (temporary / "file").write_text("half")
-        raise KeyboardInterrupt
+    def fail() -> None:
+        with atomic_folder(tmp_path / "store") as temporary:
+            (temporary / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
