@@ -145,8 +145,6 @@ class ContinualDataModule(LightningDataModule):
     def general_prompts(self) -> list[Encoded]:
         """The training prompts of the general tasks that fit and that the method takes.
 
-        They need no demonstration.
-
         Raises:
             ValueError: There are none.
         """

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.batch import Batch
+from sdft.encoded import Encoded
 from sdft.evaluation import Response, score_responses
 from sdft.flops import ModelFlops
 from sdft.models import ModelSource, eos_token_ids
@@ -70,6 +71,10 @@ class Respondent(LightningModule):
         config = self.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         return None if context is None else int(context) - self.greedy.max_new_tokens
+
+    def takes(self, prompt: Encoded) -> bool:
+        """Whether mixtures may draw this general prompt; all of them by default."""
+        return True
 
     @cached_property
     def eos_ids(self) -> list[int]:

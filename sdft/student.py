@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from sdft.batch import Batch, Origin
 from sdft.decode import DecodeEngine
-from sdft.encoded import Encoded
 from sdft.losses import sequence_mean, token_divergence, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
 from sdft.penalties import Penalty
@@ -153,10 +152,6 @@ class StudentModule(Respondent):
     @property
     def _restarts(self) -> bool:
         return self._trainer is not None and task_stream(self.trainer).from_base_each_task
-
-    def takes(self, prompt: Encoded) -> bool:
-        """Whether mixtures may draw this general prompt."""
-        return True
 
     def configure_model(self) -> None:
         """Load the student; Lightning calls this once per entry point."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft.atomic import atomic_write
+from sdft.atomic import atomic_folder, atomic_write
 
 
 def test_a_finished_block_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -54,3 +54,36 @@ def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path) -> None:
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "no" / "a") as temporary:
         temporary.write_text("x")
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "store") as temporary:
+        (temporary / "file").write_text("new")
+        assert not (tmp_path / "store").exists()
+    assert (tmp_path / "store" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_folder_that_failed_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_folder(tmp_path / "store") as temporary:
+            (temporary / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_folders_of_one_name_the_first_stays(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "store") as slow:
+        (slow / "file").write_text("second")
+        with atomic_folder(tmp_path / "store") as quick:
+            (quick / "file").write_text("first")
+    assert (tmp_path / "store" / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_folder_in_a_missing_place_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError), atomic_folder(tmp_path / "nowhere" / "store"):  # noqa: PT011
+        pass

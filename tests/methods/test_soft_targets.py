@@ -134,12 +134,13 @@ def test_the_size_that_is_said_is_the_size_on_disk(
     assert f"soft targets take {size:,} bytes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("targets", ["stored", "snapshot"])
 def test_a_student_that_is_the_base_has_no_distillation_loss(
-    fit: Any, model_dir: Path, targets: str
+    fit: Any, model_dir: Path, targets: str, temperature: float
 ) -> None:
     steps = Steps()
-    module = make(model_dir, targets=targets, weight=1.0)
+    module = make(model_dir, targets=targets, weight=1.0, temperature=temperature)
     trainer, _ = fit(module=module, data=stream(steps=1), callbacks=[steps])
     assert steps.logged[0]["total"] == pytest.approx(0.0, abs=1e-6)
     assert max(g.abs().max() for g in steps.gradients.values()) < 1e-4
@@ -152,7 +153,8 @@ def test_both_kinds_of_targets_teach_the_same_when_all_tokens_are_stored(
     logged = []
     for targets in ("stored", "snapshot"):
         steps = Steps()
-        module = make(model_dir, targets=targets, weight=0.5, targets_per_token=99)
+        options = {"targets": targets, "weight": 0.5, "targets_per_token": 99, "temperature": 1.5}
+        module = make(model_dir, **options)
         fit(targets, module=module, data=stream(), callbacks=[steps])
         logged.append([values["train/distillation"] for values in steps.logged])
     assert logged[0] == pytest.approx(logged[1], rel=1e-3, abs=1e-5)
@@ -171,6 +173,7 @@ def test_a_weight_of_zero_is_sft_bit_for_bit(fit: Any, model_dir: Path) -> None:
         assert torch.equal(soft.gradients[name], gradient), name
     expected = sft.student.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in module.student.state_dict().items())
+    assert not any("train/distillation" in values for values in soft.logged)
 
 
 def test_a_weight_of_one_never_sees_a_demonstration(fit: Any, model_dir: Path) -> None:
