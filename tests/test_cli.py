@@ -30,7 +30,12 @@ CONFIGS = sorted(
     for file in (ROOT / "configs").rglob("*.yaml")
     if not file.name.startswith("compare_")
 )
-METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+METHODS = sorted(
+    # Self-edits bring a task of their own: what configs/self_edits.yaml has written.
+    file
+    for file in (ROOT / "configs" / "methods").glob("*.yaml")
+    if file.stem != "self_edits"
+)
 LABELS = {
     "anchor_replay": "anchor_replay+replay",
     "ewc": "sdft+ewc",
@@ -453,7 +458,10 @@ def test_every_method_is_an_overlay_on_any_stream(
             rows = [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
             write_jsonl(tmp_path / f"{name}.jsonl", [{**row, "context": "g h"} for row in rows])
     config["data"]["general"] = [task("any", train="validation.jsonl")]
-    folder = run(config, "--config", str(overlay), "--data.batch_size", "2")
+    flags = ["--data.batch_size", "2"]
+    if overlay.stem.startswith(("soft_targets", "teacher_samples")):
+        flags += ["--model.checks", "[]"]  # the tiny model never ends its answers
+    folder = run(config, "--config", str(overlay), *flags)
     report = json.loads((folder / "retention.json").read_text())
     assert report["method"] == LABELS.get(overlay.stem, overlay.stem)
     assert len(report["matrix"]) == 3
