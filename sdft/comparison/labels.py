@@ -9,6 +9,11 @@ from matplotlib.axes import Axes
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in points of the figure."""
+Pair = tuple[float, float]
+"""Across and up, likewise."""
+_NEAR = 0.8  # what a point of distance costs, in square points covered
+_TEXT = 5.0  # how much worse it is to cover a text than a mark
+_FAR = 12.0  # points from which a line leads to the text
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,18 @@ def write_labels(
     scale = 72.0 / axes.figure.get_dpi()  # pixels → points
     frame = axes.get_window_extent()
     edges = frame.x0 * scale, frame.y0 * scale, frame.x1 * scale, frame.y1 * scale
-    taken = [_around(*_points(axes, point, scale), 4.0, 4.0) for point in points]
-    taken += [_around(*_points(axes, point, scale), 1.0, 1.0) for point in lines]
+    marks = [_around(*_points(axes, point, scale), 4.0, 4.0) for point in points]
+    marks += [_around(*_points(axes, point, scale), 1.0, 1.0) for point in lines]
+    texts: list[Box] = []
     for label in labels:
         middle = _points(axes, (label.x, label.y), scale)
-        half = 0.29 * label.size * len(label.text), 0.6 * label.size
-        costs = {way: _cost(middle, way, half, taken, edges) for way in _offsets(*half)}
-        offset = min(costs, key=lambda way: costs[way])
-        taken.append(_around(middle[0] + offset[0], middle[1] + offset[1], *half))
-        far = max(abs(offset[0]) - half[0], abs(offset[1]) - half[1]) > 12
+        half = 0.3 * label.size * len(label.text) + 1.5, 0.65 * label.size
+        costs = {
+            way: _cost(_moved(middle, way, half), marks, texts, edges) for way in _offsets(*half)
+        }
+        offset = min(costs, key=lambda way: costs[way] + _NEAR * _gap(way, half))
+        texts.append(_moved(middle, offset, half))
+        far = max(abs(offset[0]) - half[0], abs(offset[1]) - half[1]) > _FAR
         axes.annotate(
             label.text,
             (label.x, label.y),
@@ -83,18 +91,20 @@ def _offsets(across: float, up: float) -> list[tuple[float, float]]:
     return [(x * (across + gap), y * (up + gap)) for gap in (6, 14, 24, 36) for x, y in ways]
 
 
-def _cost(
-    middle: tuple[float, float],
-    offset: tuple[float, float],
-    half: tuple[float, float],
-    taken: Sequence[Box],
-    edges: Box,
-) -> float:
-    box = _around(middle[0] + offset[0], middle[1] + offset[1], *half)
-    area = 4 * half[0] * half[1]
+def _moved(middle: Pair, offset: Pair, half: Pair) -> Box:
+    return _around(middle[0] + offset[0], middle[1] + offset[1], *half)
+
+
+def _gap(offset: Pair, half: Pair) -> float:
+    """How far a text stands from its point."""
+    return max(abs(offset[0]) - half[0] + abs(offset[1]) - half[1], 0.0)
+
+
+def _cost(box: Box, marks: Sequence[Box], texts: Sequence[Box], edges: Box) -> float:
+    area = (box[2] - box[0]) * (box[3] - box[1])
     outside = area - _overlap(box, edges)
-    distance = abs(offset[0]) - half[0] + abs(offset[1]) - half[1]
-    return sum(_overlap(box, other) for other in taken) + 2 * outside + 0.8 * max(distance, 0)
+    covered = sum(_overlap(box, mark) for mark in marks)
+    return covered + _TEXT * sum(_overlap(box, text) for text in texts) + 2 * outside
 
 
 def _around(x: float, y: float, across: float, up: float) -> Box:
