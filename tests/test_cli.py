@@ -38,10 +38,10 @@ METHODS = sorted(
 )
 LABELS = {
     "anchor_replay": "anchor_replay+replay",
-    "ewc": "sdft+ewc",
+    "ewc": "sft+ewc",
     "joint": "sft+joint",
     "joint_sdft": "sdft+joint",
-    "l2": "sdft+l2",
+    "l2": "sft+l2",
     "replay": "sft+replay",
     "sdft_replay": "sdft+replay",
     "soft_targets": "soft_targets+general",
