@@ -7,6 +7,7 @@ vocabulary (arXiv 2601.19897, algorithm 1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch
-from sdft.losses import check_alpha, sequence_mean, token_divergence
+from sdft.head import head
+from sdft.head_losses import head_divergence, head_entropy
+from sdft.losses import check_alpha, sequence_mean, sequence_weights, token_divergence
 from sdft.rollout import Rollout, Sampling
 from sdft.student import StudentModule
 
@@ -86,15 +89,62 @@ class SDFTModule(StudentModule):
         batch = batch.repeat(self.rollouts_per_prompt)
         self.phases.enter("generate")
         completion = self.rollout(batch)
+        compare = self._compare_hidden if self.compares_hidden else self._compare_logits
+        loss, tracked = compare(batch, completion)
+        self.phases.enter("track")
+        self._log_step(batch, completion, loss, tracked)
+        self.phases.enter("update")  # backward and optimizer follow
+        return loss
+
+    @property
+    def compares_hidden(self) -> bool:
+        """Whether the loss is taken from hidden states, so that whole logits never exist.
+
+        Not where a subclass has logits or a loss of its own, or where a head is of no known form.
+        """
+        own = all(
+            getattr(type(self), name) is getattr(SDFTModule, name)
+            for name in ("score", "student_logits", "loss")
+        )
+        assert self.teacher is not None
+        return own and head(self.model) is not None and head(self.teacher) is not None
+
+    def _compare_logits(
+        self, batch: Batch, completion: Rollout
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """The loss by the overridable `score`, `student_logits` and `loss`, and what to track."""
         self.phases.enter("score")
         teacher_logits_BTV = self.score(batch, completion)
         self.phases.enter("update")
         student_logits_BTV = self.student_logits(batch, completion)
         loss = self.loss(student_logits_BTV, teacher_logits_BTV, self.loss_mask(completion))
-        self.phases.enter("track")
-        self._log_step(batch, completion, loss, student_logits_BTV.detach())
-        self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        logits_BTV = student_logits_BTV.detach()
+        return loss, lambda: self.track({}, batch.student_ids, completion, logits_BTV)
+
+    def _compare_hidden(
+        self, batch: Batch, completion: Rollout
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """The same loss from hidden states, and what to track."""
+        assert self.teacher is not None
+        self.phases.enter("score")
+        with torch.no_grad():
+            teacher_ND = self.hidden(self.teacher, batch.teacher_ids, completion)
+        self.phases.enter("update")
+        student_ND = self.hidden(self.model, batch.student_ids, completion)
+        student, teacher = head(self.model), head(self.teacher)
+        assert student is not None
+        assert teacher is not None
+        divergence_N = head_divergence(
+            student_ND,
+            student,
+            teacher_ND,
+            teacher,
+            alpha=self.alpha,
+            temperature=self.sampling.temperature,
+            weights_N=sequence_weights(self.loss_mask(completion))[completion.mask_BT],
+        )
+        hidden_ND = student_ND.detach()
+        return divergence_N.sum(), lambda: self._track_hidden(batch, completion, hidden_ND)
 
     def rollout(self, batch: Batch) -> Rollout:
         """Sample a completion of every student prompt, without the demonstration."""
@@ -138,12 +188,27 @@ class SDFTModule(StudentModule):
     # ---------------------------------------------------------------- logging
 
     def _log_step(
-        self, batch: Batch, completion: Rollout, loss: Tensor, student_logits_BTV: Tensor
+        self, batch: Batch, completion: Rollout, loss: Tensor, track: Callable[[], None]
     ) -> None:
         values = {
             "train/divergence": loss.detach(),
             "train/completion_length": completion.lengths_B.float().mean(),
             "train/truncated": completion.truncated_B.float().mean(),
         }
-        self.track(values, batch.student_ids, completion, student_logits_BTV)
+        self.log_dict(values, batch_size=len(batch))
         self.log("divergence", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))
+        track()
+
+    @torch.no_grad()
+    def _track_hidden(self, batch: Batch, completion: Rollout, hidden_ND: Tensor) -> None:
+        """`track` from hidden states."""
+        student = head(self.model)
+        if not self.logs_this_step or student is None:
+            return
+        weights_N = sequence_weights(completion.mask_BT)[completion.mask_BT]
+        values = {"train/entropy": (weights_N * head_entropy(hidden_ND, student)).sum()}
+        if self.base is not None and self.track_base and (base := head(self.base)) is not None:
+            base_ND = self.hidden(self.base, batch.student_ids, completion)
+            kl_N = head_divergence(hidden_ND, student, base_ND, base, weights_N=weights_N)
+            values["train/kl_base_student"] = kl_N.sum()
+        self.log_dict(values, batch_size=len(batch))

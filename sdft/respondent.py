@@ -19,6 +19,7 @@ from sdft.encoded import Encoded
 from sdft.evaluation import Response, score_responses
 from sdft.flops import ModelFlops
 from sdft.models import ModelSource, eos_token_ids
+from sdft.packing import completion_hidden
 from sdft.phases import PhaseClock
 from sdft.prompts import PromptEncoder, TeacherTemplate
 from sdft.rollout import Rollout, RolloutEngine, Sampling
@@ -103,6 +104,13 @@ class Respondent(LightningModule):
         """Next-token logits at each completion token, given its prompt: `[B, T, V]`; counted."""
         self.count_pass(model, prompts, completion)
         return completion_logits(model, prompts, completion, self.pad_id)
+
+    def hidden(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], completion: Rollout
+    ) -> Tensor:
+        """Hidden states that predict the completion tokens, without padding: `[N, D]`; counted."""
+        self.count_pass(model, prompts, completion)
+        return completion_hidden(model, prompts, completion)
 
     def count_pass(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], completion: Rollout

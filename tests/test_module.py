@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import echo_examples, make_data, make_module, save_model, sharpen
+from conftest import echo_examples, make_data, make_method, make_module, save_model, sharpen
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+import sdft.respondent
 from sdft import SDFTModule
 from sdft.batch import Batch
 from sdft.callbacks import EMATeacher
 from sdft.losses import sequence_mean, token_divergence
 from sdft.rollout import Rollout
-from sdft.scoring import completion_logits
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -31,8 +31,8 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SDFTModule, "_log_step", lambda *args: None)
 
 
-def build(folder: Path, **options: Any) -> SDFTModule:
-    module = make_module(folder, **options)
+def build(folder: Path, kind: type[SDFTModule] = SDFTModule, **options: Any) -> SDFTModule:
+    module = make_method(kind, folder, **{"skip_first_tokens": 1} | options)
     module.configure_model()
     return module
 
@@ -77,10 +77,54 @@ def test_the_gradient_reaches_all_of_the_student_and_nothing_else(
     assert all(p.grad is None for p in module.teacher.parameters())
 
 
-def test_the_student_answers_without_and_the_teacher_judges_with_the_demonstration(
-    model_dir: Path, silent: None, monkeypatch: pytest.MonkeyPatch
+class WholeLogits(SDFTModule):
+    """A loss of its own, which is the plain one: the way of custom losses."""
+
+    def loss(
+        self, student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, mask_BT: Tensor
+    ) -> Tensor:
+        return super().loss(student_logits_BTV, teacher_logits_BTV, mask_BT)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_hidden_states_and_whole_logits_give_one_loss_and_one_gradient(
+    tmp_path: Path, silent: None, family: str, alpha: float
 ) -> None:
-    module = build(model_dir)
+    folder = save_model(tmp_path, family=family)
+    found: list[tuple[float, list[Tensor]]] = []
+    for kind in (SDFTModule, WholeLogits):
+        module = build(folder, kind, alpha=alpha, temperature=0.7, skip_first_tokens=1)
+        assert module.teacher is not None
+        with torch.no_grad():
+            for parameter in module.teacher.parameters():
+                parameter.mul_(1.5)  # so that the two differ
+        assert module.student is not None
+        module.student.eval()  # GPT-2 has dropout
+        assert module.compares_hidden == (kind is SDFTModule)
+        torch.manual_seed(0)
+        loss = module.training_step(batch_of(module, count=5), 0)
+        loss.backward()
+        found.append((loss.item(), [p.grad for p in module.student.parameters()]))  # type: ignore[misc]
+    (hidden, ours), (whole, theirs) = found
+    assert whole > 0
+    assert hidden == pytest.approx(whole, rel=1e-3, abs=1e-6)
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "function"),
+    [(SDFTModule, "completion_hidden"), (WholeLogits, "completion_logits")],
+)
+def test_the_student_answers_without_and_the_teacher_judges_with_the_demonstration(
+    model_dir: Path,
+    silent: None,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[SDFTModule],
+    function: str,
+) -> None:
+    module = build(model_dir, kind)
     batch = batch_of(module)
     generated: list[Any] = []
 
@@ -92,11 +136,14 @@ def test_the_student_answers_without_and_the_teacher_judges_with_the_demonstrati
 
     scored: list[Any] = []
 
-    def spy(model: Any, prompts: Any, completion: Rollout, pad_id: int) -> Tensor:
-        scored.append((model, prompts, completion.ids_BT.tolist()))
-        return completion_logits(model, prompts, completion, pad_id)
+    real = getattr(sdft.respondent, function)
 
-    monkeypatch.setattr("sdft.respondent.completion_logits", spy)
+    def spy(model: Any, prompts: Any, completion: Rollout, *rest: Any) -> Tensor:
+        scored.append((model, prompts, completion.ids_BT.tolist()))
+        result: Tensor = real(model, prompts, completion, *rest)
+        return result
+
+    monkeypatch.setattr(sdft.respondent, function, spy)
     module.engine = Spy()
     module.training_step(batch, 0)
     assert generated == [(module.student, batch.student_ids)]
