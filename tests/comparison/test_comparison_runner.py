@@ -162,6 +162,15 @@ def test_without_a_checkpoint_it_starts_afresh_in_an_empty_folder(work: Work) ->
     assert not (folder.path / "cost.json").exists()
 
 
+def test_a_mark_of_another_configuration_counts_for_nothing(work: Work) -> None:
+    work.runner().execute()
+    folder = work.folder(0)
+    own = yaml.safe_load(folder.settings_file.read_text())
+    own["data"]["init_args"]["steps"] = 80
+    folder.settings_file.write_text(yaml.safe_dump(own))
+    assert folder.state(own) == "unfinished"
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_checkpoints_of_finished_runs_are_deleted_unless_kept(tmp_path: Path, keep: bool) -> None:
     work = Work(tmp_path, keep_checkpoints=keep)

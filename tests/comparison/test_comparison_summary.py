@@ -210,6 +210,7 @@ def test_an_undefined_score_is_undefined_with_its_reason(tmp_path: Path) -> None
     assert own["acc"]["mean"] is None
     assert own["undefined"]["acc"] == "no score after stage 2 on 'forest'"
     assert own["prior"]["mean"] == 0.5
+    assert (own["mean"]["mean"], own["new"]["mean"]) == (None, None), "never a mean of the rest"
 
 
 def test_without_suites(tmp_path: Path) -> None:
