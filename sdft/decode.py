@@ -72,6 +72,12 @@ def _trimmed(rollout: Rollout, pad_id: int) -> Rollout:
     return Rollout(ids_BT[:, :longest], rollout.mask_BT[:, :longest], rollout.truncated_B)
 
 
+def _pace(device: torch.device) -> tuple[int, float]:
+    """Steps between two looks for ends, and the share of live rows at which the rest is dropped."""
+    # A look waits for the device; to drop rows copies the cache, and costs a captured graph.
+    return (1, 0.75) if device.type == "cpu" else (8, 0.5)
+
+
 @contextmanager
 def _weights_cast_once(device_type: str) -> Iterator[None]:
     """Under autocast, keep the cast weights for the whole rollout.
@@ -113,9 +119,7 @@ class _Decoding:
         # One number for every row of the batch, ended or not: a row's draws do not depend on when
         # its neighbours end.
         self.uniform_B = torch.zeros(len(prompts), device=device)
-        on_cpu = device.type == "cpu"
-        self.look_every = 1 if on_cpu else 8  # steps; a look waits for the device
-        self.shrink_at = 0.75 if on_cpu else 0.5  # share of live rows that repays the copying
+        self.look_every, self.shrink_at = _pace(device)
         self.graph = StepGraph() if forward.capturable else None
 
     def run(self) -> Tensor:

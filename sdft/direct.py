@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from sdft.batch import pad
 from sdft.forward import Forward, ModelForward, prefill_limits, sub_batches
@@ -31,6 +32,7 @@ Turn = tuple[Tensor, Tensor]
 
 _VERDICTS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 _PROBE = 16  # tokens
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 def runs_directly(model: PreTrainedModel, prompt: Sequence[int]) -> bool:
@@ -87,7 +89,7 @@ class DirectForward(Forward):
         lengths = [len(prompt) - 1 for prompt in prompts]
         self._make_table(max(lengths) + 1 + self.new_tokens)
         shape = (len(self.blocks), self.key_heads, self.blocks[0].size)
-        self.cache = RowCache(shape, lengths, self.like, fixed=self.capturable)
+        self.cache = RowCache(shape, lengths, self.new_tokens, self.like, fixed=self.capturable)
         for rows in sub_batches(lengths, *prefill_limits(self.like.device)):
             if lengths[rows[0]] > 0:
                 self._read(rows, [prompts[row][:-1] for row in rows])
@@ -155,8 +157,8 @@ class _Block:
         self.query, self.key = _linear(attention.q_proj), _linear(attention.k_proj)
         self.value, self.output = _linear(attention.v_proj), _linear(attention.o_proj)
         self.gate, self.up, self.down = map(_linear, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.activation: Function = F.silu if type(mlp.act_fn) is nn.SiLU else mlp.act_fn
         self.calls_modules = any(isinstance(part, nn.Module) for part in vars(self).values())
+        self.activation: Function = F.silu if type(mlp.act_fn) in _SILU else mlp.act_fn
         normed = hasattr(attention, "q_norm")
         self.query_norm = _norm(attention.q_norm) if normed else _same
         self.key_norm = _norm(attention.k_norm) if normed else _same

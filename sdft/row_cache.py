@@ -20,18 +20,25 @@ class RowCache:
     Args:
         shape: Layers, K, D.
         lengths: Tokens that each row begins with.
+        more: Tokens that each row gets at most.
         like: Gives dtype and device.
         fixed: Let a step see all columns there are, filled or not, as a CUDA graph needs it.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], lengths: Sequence[int], like: Tensor, fixed: bool
+        self,
+        shape: tuple[int, int, int],
+        lengths: Sequence[int],
+        more: int,
+        like: Tensor,
+        fixed: bool,
     ) -> None:
         self.lengths = list(lengths)
         self.fixed = fixed
         self.block = 256 if fixed else 64  # columns by which it grows
         self.added = 0
-        self.capacity = -(-(self.columns + 1) // self.block) * self.block
+        self.limit = self.columns + more
+        self.capacity = self._rounded(self.columns + 1)
         layers, heads, size = shape
         room = (len(self.lengths), heads, self.capacity, size)
         # Zeros: what is masked must be finite.
@@ -44,6 +51,10 @@ class RowCache:
     def columns(self) -> int:
         """Columns that the longest row fills."""
         return max(self.lengths) + self.added
+
+    def _rounded(self, columns: int) -> int:
+        blocks = -(-columns // self.block) * self.block
+        return blocks if self.fixed else min(blocks, self.limit)
 
     def _lay_out(self) -> None:
         """Derive from capacity and positions where the next tokens go and what is masked."""
@@ -71,10 +82,10 @@ class RowCache:
         self.added += 1
         if self.columns <= self.capacity:
             return False
+        old, self.capacity = self.capacity, self._rounded(self.columns)
         for states in (self.keys, self.values):
-            for layer, old in enumerate(states):
-                states[layer] = F.pad(old, (0, 0, 0, self.block))
-        self.capacity += self.block
+            for layer, filled in enumerate(states):
+                states[layer] = F.pad(filled, (0, 0, 0, self.capacity - old))
         self._lay_out()
         return True
 

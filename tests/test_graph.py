@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+import sdft.decode
 import sdft.graph
 from sdft.decode import DecodeEngine
 from sdft.direct import DirectForward
@@ -89,6 +90,7 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> Uses:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recorded)
+    monkeypatch.setattr(sdft.decode, "_pace", lambda device: (8, 0.5))
     always = property(lambda self: True, lambda *_: None)
     monkeypatch.setattr(DirectForward, "capturable", always, raising=False)
     return counts
@@ -104,8 +106,8 @@ def test_rollouts_are_the_same_with_graphs(
     expected = rollout(DecodeEngine(direct=False), model, eos_ids, sampling)
     assert uses.captures == 0
     assert rollout(DecodeEngine(), model, eos_ids, sampling) == expected
-    assert uses.captures >= 1
-    assert uses.replays > 20
+    assert uses.captures > 0
+    assert uses.replays > (0 if eos_ids else 50)
 
 
 def rollout(
