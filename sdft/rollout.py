@@ -96,7 +96,13 @@ class GenerateEngine(RolloutEngine):
 
     The model's own generation defaults (repetition penalty, top-k, forced tokens …) are kept out:
     they would change the distribution that the loss assumes.
+
+    Args:
+        cache_implementation: A cache of transformers, for example `static`; its default when unset.
     """
+
+    def __init__(self, cache_implementation: str | None = None) -> None:
+        self.cache_implementation = cache_implementation
 
     @torch.no_grad()
     def generate(
@@ -109,7 +115,9 @@ class GenerateEngine(RolloutEngine):
     ) -> Rollout:
         """Sample one completion per prompt (see `RolloutEngine`)."""
         ids_BT, mask_BT = pad(prompts, pad_id, "left", model.device)
-        with evaluation_mode(model), _only(model, _generation_config(sampling, eos_ids, pad_id)):
+        config = _generation_config(sampling, eos_ids, pad_id)
+        config.cache_implementation = self.cache_implementation
+        with evaluation_mode(model), _only(model, config):
             output_BT = cast(Any, model).generate(inputs=ids_BT, attention_mask=mask_BT.long())
         return as_rollout(output_BT[:, ids_BT.shape[1] :], eos_ids, sampling.max_new_tokens)
 
