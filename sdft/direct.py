@@ -82,7 +82,8 @@ class DirectForward(Forward):
         cast = torch.is_autocast_enabled(kind)
         self.like = weight.new_empty(0, dtype=torch.get_autocast_dtype(kind) if cast else None)
         self.capturable = kind == "cuda"
-        self.stateless = not any(block.calls_modules for block in self.blocks)
+        called = isinstance(self.head, nn.Module)
+        self.stateless = not called and not any(block.calls_modules for block in self.blocks)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read all but the last tokens for their keys and values alone, then step over those."""

@@ -204,8 +204,10 @@ def test_replay_keeps_the_student_near_its_anchor(fit: Fit, model_dir: Path) -> 
         module = make_method(method, model_dir)
         _, trained = fit(module=module, data=make_data(mixtures=mixtures))
         runs.append(state(trained.model))
-    assert same(runs[0], runs[1])
-    assert not same(runs[0], runs[2])
+    # SDFT compares hidden states, replay whole logits: the same to rounding.
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-2, atol=1e-4)
+    furthest = max((runs[0][name] - runs[2][name]).abs().max().item() for name in runs[0])
+    assert furthest > 1e-3
 
 
 def test_a_bad_anchor_is_named(model_dir: Path) -> None:

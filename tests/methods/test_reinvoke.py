@@ -121,7 +121,7 @@ def test_base_and_student_see_the_same_bare_prompt_and_answer(
         scored.append((model, prompts, completion.ids_BT.tolist()))
         return completion_logits(model, prompts, completion, pad_id)
 
-    monkeypatch.setattr("sdft.methods.reinvoke.completion_logits", spy)
+    monkeypatch.setattr("sdft.respondent.completion_logits", spy)
     module.engine = Spy()
     module.training_step(batch, 0)
     same = [[9, 10, 11]] * 2

@@ -402,11 +402,11 @@ def test_a_changed_weight_and_the_answers_survive_a_resume(
 ) -> None:
     calls = generations(monkeypatch)
     steps = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
-    trainer, whole = fit("whole", make(model_dir), stream("a", "b"), None, [Schedule(), steps])
+    trainer, whole = fit("whole", make(model_dir), stream("a", "b"), callbacks=[Schedule(), steps])
     if again == "made anew":
         shutil.rmtree(store_of(trainer))
     checkpoint = tmp_path / "step=2.ckpt"  # in the middle of the first stage
-    _, resumed = fit("resumed", make(model_dir), stream("a", "b"), None, (), checkpoint)
+    _, resumed = fit("resumed", make(model_dir), stream("a", "b"), ckpt_path=checkpoint)
     assert len(calls) == (1 if again == "found" else 2)
     assert (whole.distil_weight, resumed.distil_weight) == (0.9, 0.9)
     state = whole.student.state_dict()
@@ -416,7 +416,7 @@ def test_a_changed_weight_and_the_answers_survive_a_resume(
 def test_a_weight_that_the_configuration_sets_anew_wins(
     fit: Any, model_dir: Path, tmp_path: Path
 ) -> None:
-    trainer, _ = fit("whole", make(model_dir), stream("a", "b"), None, [Schedule()])
+    trainer, _ = fit("whole", make(model_dir), stream("a", "b"), callbacks=[Schedule()])
     checkpoint = next(Path(trainer.log_dir).rglob("stage-1-*.ckpt"))
-    _, resumed = fit("resumed", make(model_dir, weight=0.4), stream("a", "b"), None, (), checkpoint)
+    _, resumed = fit("resumed", make(model_dir, weight=0.4), stream("a", "b"), ckpt_path=checkpoint)
     assert resumed.distil_weight == 0.4
