@@ -21,7 +21,12 @@ from sdft.comparison.settings import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-OVERLAYS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+OVERLAYS = sorted(
+    # Self-edits bring a task of their own, so they are no method on a given stream.
+    file
+    for file in (ROOT / "configs" / "methods").glob("*.yaml")
+    if file.stem != "self_edits"
+)
 
 
 def changed(key: str, value: Any) -> Settings:
