@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from sdft import cli
 from sdft.comparison.lock import folder_lock
@@ -46,7 +47,7 @@ def main(args: list[str]) -> int:
         SystemExit: Terminated (143), or a command line that does not parse (2).
     """
     options = _parser().parse_args(args)
-    given = {field.name: options[field.name] for field in fields(Comparison)}
+    given = {field.name: _plain(options[field.name]) for field in fields(Comparison)}
     plan = Plan(Comparison(**given), Path(str(options["config"][0])))
     command = shlex.join(["python", "-m", "sdft", "compare", *args])
     if options["report_only"]:  # needs no lock: it may look at a comparison that is under way
@@ -60,6 +61,15 @@ def main(args: list[str]) -> int:
     except KeyboardInterrupt:
         print("sdft: interrupted; the same command goes on", file=sys.stderr)
         return 130
+
+
+def _plain(value: Any) -> Any:
+    """What a YAML file holds: the parser makes namespaces of what has a class path."""
+    if isinstance(value, Namespace):
+        return _plain(vars(value))
+    if isinstance(value, dict):
+        return {key: _plain(own) for key, own in value.items()}
+    return [_plain(own) for own in value] if isinstance(value, list) else value
 
 
 def _parser() -> cli.Parser:

@@ -71,7 +71,8 @@ class Difference:
     Attributes:
         seeds: Seeds that both finished.
         estimate: Of the differences.
-        verdict: `noise` when 0 lies within the interval; None when there is no interval.
+        verdict: `noise` when 0 lies within the interval; None when there is no interval, or one
+            without width.
     """
 
     seeds: tuple[int, ...]
@@ -110,6 +111,8 @@ def _verdict(found: Estimate) -> Verdict | None:
     if found.ci95 is None:
         return None
     low, high = found.ci95
+    if low == high != 0:
+        return None  # equal differences tell nothing of how far others would be
     if low <= 0 <= high:
         return "noise"
     return "better" if low > 0 else "worse"

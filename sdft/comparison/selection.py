@@ -31,7 +31,8 @@ class Selection:
         return (
             "Each method's learning rate is the one with the highest mean, over its finished "
             "seeds, of the mean final score over all columns (tasks and suites alike) on the "
-            f"{self.split} split; of equal ones the smaller."
+            f"{self.split} split; of equal ones the smaller. A rate with fewer finished seeds than "
+            "another of the method is not chosen."
         )
 
     @property
@@ -92,7 +93,13 @@ def rates_of(results: Sequence[Result], selection: Selection) -> list[Rate]:
 
 
 def choose_rate(rates: Sequence[Rate]) -> Rate | None:
-    """The rate with the highest score, the smaller of equal ones; None when there is none."""
+    """The rate with the highest score, the smaller of equal ones; None when there is none.
+
+    Among those with the most finished seeds: a rate that breaks on some seeds must not win by the
+    seeds that it survived.
+    """
+    most = max((len(rate.results) for rate in rates), default=0)
+    rates = [rate for rate in rates if len(rate.results) == most]
     defined = [rate for rate in rates if rate.score is not None]
     if not defined:
         return rates[0] if rates else None

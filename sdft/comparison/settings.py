@@ -27,8 +27,24 @@ EVALUATION = (
     "model.max_new_tokens",
     "data.tasks",
     "data.suites",
-    "retention.split",
-    "retention.limit",
+    "model.dtype",
+    "model.chat_template_kwargs",
+    "trainer.precision",
+    *(
+        f"retention.{key}"
+        for key in (
+            "split",
+            "limit",
+            "selection_split",
+            "artifact_patterns",
+            "kl_to_base",
+            "kl_limit",
+            "pass_at",
+            "pass_samples",
+            "pass_temperature",
+            "pass_limit",
+        )
+    ),
 )
 """What all runs must share to be measured alike."""
 BUDGET = (
@@ -70,6 +86,9 @@ def method_settings(plan: Plan, resolve: Resolve) -> dict[str, Settings]:
                 text = str(error).replace(str(shared), f"{plan.file}: settings")
                 raise ValueError(f"method {method.name!r} ({method.overlay}): {text}") from error
             _check(method, settings)
+            # Rates are chosen on examples that no score in the report is of.
+            retention = settings.setdefault("retention", {})
+            retention["selection_split"] = retention.get("selection_split") or "validation"
             found[method.name] = settings
     names = {method.name: f"method {method.name!r}" for method in plan.methods}
     swept = {method.name for method in plan.methods if method.rates is not None}

@@ -61,6 +61,10 @@ def _standing_out(summary: Summary) -> str:
         others = "every other contestant" if bounds else "every other method"
         whom = others if every else listed(beaten)
         sentences.append(f"It beats {whom} by more than noise.")
+    if ahead := verdicts.get("worse"):
+        sentences.append(
+            f"On the seeds that both finished, {listed(ahead)} scored more, beyond noise."
+        )
     if level := verdicts.get("noise"):
         sentences.append(f"Against {listed(level)} the difference is noise.")
     if unknown := verdicts.get(None):

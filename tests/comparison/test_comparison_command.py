@@ -86,6 +86,18 @@ def test_a_report_on_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["command"] == " ".join(["python", "-m", "sdft", *words])
 
 
+def test_settings_with_class_paths_are_reported_as_they_stand_in_the_file(tmp_path: Path) -> None:
+    suite = {"class_path": "sdft.world.WorldSuite", "init_args": {"kind": "named"}}
+    settings = {"data": {"general": [suite]}}
+    plan = make_plan(tmp_path, {"sft": {"learning_rates": [1e-4]}}, settings=settings)
+    finish(plan, plan.runs[0], retention(ROWS))
+    assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--report_only"]) == 0
+    found = json.loads((plan.out / "compare.json").read_text())
+    (own,) = found["comparison"]["settings"]["data"]["general"]
+    assert own["class_path"] == suite["class_path"]
+    assert own["init_args"]["kind"] == "named"
+
+
 def test_a_report_on_runs_of_different_streams(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
