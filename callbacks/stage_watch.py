@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -50,7 +50,8 @@ class StageWatch(AfterStep):
         on_drop: What a drop is answered with. `raise_weight` raises the method's `distil_weight`,
             once per probe, up to `max_weight`, for the rest of the run; `stop` ends the stage;
             `both` raises it, and ends the stage at a drop that finds it at `max_weight` already;
-            `ignore` does nothing.
+            `ignore` does nothing. When unset, `raise_weight` for a method that has the weight, and
+            `stop` for any other.
         raise_by: How much the weight is raised at a time.
         max_weight: The weight is never raised above this.
 
@@ -66,7 +67,7 @@ class StageWatch(AfterStep):
         patience: int | None = 3,
         min_delta: float = 0.0,
         max_drop: float = 0.05,
-        on_drop: Literal["raise_weight", "stop", "both", "ignore"] = "raise_weight",
+        on_drop: Literal["raise_weight", "stop", "both", "ignore"] | None = None,
         raise_by: float = 0.1,
         max_weight: float = 0.8,
     ) -> None:
@@ -76,7 +77,9 @@ class StageWatch(AfterStep):
             raise ValueError(f"watch.limit must be at least 1, found {limit}")
         self.every_n_steps = every_n_steps
         self.limit = limit
-        self.policy = Policy(patience, min_delta, max_drop, on_drop, raise_by, max_weight)
+        self.by_method = on_drop is None
+        answer = on_drop or "stop"
+        self.policy = Policy(patience, min_delta, max_drop, answer, raise_by, max_weight)
         self.standing = Standing()
 
     # ---------------------------------------------------------------- when
@@ -85,6 +88,8 @@ class StageWatch(AfterStep):
         """Say what cannot be watched, before anything is trained."""
         if self.every_n_steps == 0:
             return
+        if self.by_method and _weight(pl_module) is not None:
+            self.policy = replace(self.policy, on_drop="raise_weight")
         if self.policy.raises and _weight(pl_module) is None:
             raise ValueError(
                 f"watch.on_drop {self.policy.on_drop!r} raises the method's {WEIGHT}, which the "

@@ -104,7 +104,7 @@ class SDFTModule(StudentModule):
         """
         own = all(
             getattr(type(self), name) is getattr(SDFTModule, name)
-            for name in ("score", "student_logits", "loss")
+            for name in ("score", "student_logits", "logits", "loss", "track")
         )
         assert self.teacher is not None
         return own and head(self.model) is not None and head(self.teacher) is not None

@@ -11,9 +11,11 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
+from enum import Enum
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
 
 from sdft.atomic import atomic_folder
@@ -108,15 +110,40 @@ def describe(value: Any) -> str:
     The same for two objects made alike, in another process too; code that it calls elsewhere does
     not enter.
     """
-    if value is None or isinstance(value, str | int | float | bool | re.Pattern):
+    if value is None or isinstance(value, str | bytes | int | float | bool | PurePath | Enum):
         return repr(value)
+    if isinstance(value, re.Pattern):
+        return f"regex({value.pattern!r}, {value.flags})"  # its repr is cut
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key!r}: {describe(item)}' for key, item in value.items())}}}"
     if isinstance(value, Sequence):
         return f"[{', '.join(map(describe, value))}]"
-    if isinstance(value, type | types.FunctionType):
+    if isinstance(value, Set):
+        return f"set({', '.join(sorted(map(describe, value)))})"
+    if isinstance(value, partial):
+        return f"partial({describe([value.func, value.args, value.keywords])})"
+    if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}{_source_mark(value)}"
-    return f"{describe(type(value))}({describe(getattr(value, '__dict__', {}))})"
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        held = describe([value.__defaults__, value.__kwdefaults__, cells])
+        return f"{value.__module__}.{value.__qualname__}{_source_mark(value)}{held}"
+    return f"{describe(type(value))}({describe(_settings(value))})"
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """An object's attributes, those in slots too.
+
+    Raises:
+        ValueError: It has neither, so nothing tells it from another of its class.
+    """
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    if not slots and not hasattr(value, "__dict__"):
+        raise ValueError(
+            f"cannot tell one {type(value).__name__} from another: give a check plain attributes"
+        )
+    return {**found, **getattr(value, "__dict__", {})}
 
 
 def _source_mark(code: Any) -> str:

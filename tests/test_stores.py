@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,25 @@ def test_the_manifest_says_what_it_was_made_from(tmp_path: Path) -> None:
     assert manifest["bytes"] == {"file.txt": 7}
 
 
+def partial_of(number: int) -> Callable[[], int]:
+    """The same code with another captured value."""
+    return lambda: number
+
+
+class Slotted:
+    """A check without a dictionary."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def test_what_nothing_tells_apart_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot tell one object from another"):
+        describe(object())
+
+
 def test_a_description_tells_settings_and_classes_apart() -> None:
     assert describe([LengthCheck(2), RegexCheck("a")]) == describe(
         [LengthCheck(2), RegexCheck("a")]
@@ -150,6 +171,16 @@ def test_a_description_tells_settings_and_classes_apart() -> None:
         LengthCheck(2),
         RegexCheck("a"),
         RegexCheck(None, "a"),
+        RegexCheck("a" * 300 + "b"),
+        RegexCheck("a" * 300 + "c"),
+        {"a", "b"},
+        {"a", "c"},
+        Path("a"),
+        Path("b"),
+        partial(describe, 1),
+        partial(describe, 2),
+        *(partial_of(number) for number in (1, 2)),
+        *(Slotted(number) for number in (1, 2)),
         ScoreCheck(),
         ExactMatch(),
         RegexMatch("a"),

@@ -75,7 +75,11 @@ class RunFolder:
         report = read_json(self.path / "retention.json")
         if report is None:
             return "there is no readable retention.json"
-        rows, wanted = len(report.get("matrix", [])), len(report.get("tasks", [])) + 1
+        stages = len(report.get("tasks", []))
+        limit = ((self.settings() or {}).get("trainer") or {}).get("max_epochs")
+        if limit not in (None, -1):
+            stages = min(stages, limit)
+        rows, wanted = len(report.get("matrix", [])), stages + 1
         return None if rows == wanted else f"retention.json has {rows} rows of {wanted}"
 
     # ---------------------------------------------------------------- what happens to it

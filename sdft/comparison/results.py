@@ -140,7 +140,7 @@ def load_results(plan: Plan) -> Results:
 
 
 def check_same_stream(results: Sequence[Result]) -> None:
-    """All runs must have the same columns.
+    """All runs must have the same columns, each scored on as many examples.
 
     Raises:
         ValueError: Two have not; names both and their lists.
@@ -152,6 +152,15 @@ def check_same_stream(results: Sequence[Result]) -> None:
                 raise ValueError(
                     f"the runs {results[0].folder} and {other.folder} have different {kind}: "
                     f"{here} and {there}; only runs on one stream can be compared"
+                )
+    for other in results[1:]:
+        counts = zip(results[0].columns, results[0].cells("n")[0], other.cells("n")[0], strict=True)
+        for column, mine, theirs in counts:
+            if mine != theirs:
+                raise ValueError(
+                    f"the runs {results[0].folder} and {other.folder} score {column!r} on {mine} "
+                    f"and on {theirs} examples: raise data.max_student_tokens, so that none is "
+                    "dropped for its length"
                 )
 
 

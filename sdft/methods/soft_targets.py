@@ -41,8 +41,8 @@ class SoftTargetModule(OfflineModule):
         targets_per_token: Likeliest tokens kept of each stored target; the mass of all others is
             kept as one number.
         targets: `stored`: the base's soft targets are computed once and kept on disk, and training
-            holds no second model. `snapshot`: the base stays in memory as a frozen teacher and
-            gives the targets over the whole vocabulary.
+            holds no second model (but the tracked base, with `track_base`). `snapshot`: the base
+            stays in memory as a frozen teacher and gives the targets over the whole vocabulary.
         temperature: Samples the base's answers and divides the logits of both sides.
         answers_per_prompt: Answers sampled of each prompt; a row of a batch takes one of those
             kept, drawn anew each time.
@@ -210,8 +210,10 @@ class SoftTargetModule(OfflineModule):
             target = self._stored.batch(places, logits_BTV.device)
             return topk_divergence(logits_BTV, target, temperature)
         assert self.base is not None
+        self.phases.enter("score")
         with torch.no_grad():
             base_BTV = self.logits(self.base, batch.student_ids, completion)
+        self.phases.enter("update")
         scaled_BTV = logits_BTV.float() / temperature
         return token_divergence(scaled_BTV, base_BTV.float() / temperature)
 

@@ -106,8 +106,10 @@ class TeacherSampleModule(OfflineModule):
         if self.loss_kind == "hard":
             return self.token_loss(logits_BTV, completion.ids_BT)
         assert self.base is not None
+        self.phases.enter("score")
         with torch.no_grad():
             teacher_BTV = self.logits(self.base, batch.teacher_ids, completion)
+        self.phases.enter("update")
         temperature = self.sampling.temperature
         scaled_BTV = logits_BTV.float() / temperature
         return token_divergence(scaled_BTV, teacher_BTV.float() / temperature)

@@ -576,6 +576,7 @@ def test_models_of_their_own_have_nothing_old(fit: Fit) -> None:
 
 
 def test_a_method_without_the_weight_is_refused(fit: Fit) -> None:
+    fit(callbacks=[StageWatch(every_n_steps=100)])  # left open, it stops the stage instead
     for on_drop in ("raise_weight", "both"):
         with pytest.raises(ValueError, match=r"watch.on_drop.*distil_weight.*'sdft'.*stop or"):
             fit(callbacks=[StageWatch(every_n_steps=1, on_drop=on_drop)])

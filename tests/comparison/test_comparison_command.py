@@ -244,6 +244,7 @@ def test_a_comparison_that_is_terminated_goes_on(command: Command) -> None:
     assert "Traceback" not in told
 
     found = json.loads((command.folder / "out" / "compare.json").read_text())
+    assert found["selection"]["split"] == "validation"
     assert [run["status"] for run in found["runs"]].count("finished") == 8
     assert {own["method"] for own in found["failed"]} == {"sdft_text"}
     assert found["summary"]["sdft"]["n"] == 2

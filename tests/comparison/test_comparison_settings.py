@@ -58,6 +58,16 @@ def test_without_rates_the_base_s_rate_stays(tmp_path: Path) -> None:
     assert value_at(own, "model.optimizer.lr") == 1e-5
 
 
+def test_rates_are_chosen_on_examples_that_no_score_is_of(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, {"sft": {"learning_rates": [3e-4]}}, seeds=[0])
+    found = method_settings(plan, lambda files: deepcopy(SETTINGS))
+    assert value_at(found["sft"], "retention.selection_split") == "validation"
+    assert value_at(found["sft"], "retention.split") != "validation"
+    asked = changed("retention.selection_split", "train")
+    found = method_settings(plan, lambda files: deepcopy(asked))
+    assert value_at(found["sft"], "retention.selection_split") == "train"
+
+
 def test_the_fingerprint_sees_what_bears_on_the_result(tmp_path: Path) -> None:
     same = fingerprint(SETTINGS)
     assert fingerprint(changed("trainer.default_root_dir", "elsewhere")) == same

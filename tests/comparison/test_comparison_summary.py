@@ -190,17 +190,29 @@ def test_an_upper_bound_never_wins(tmp_path: Path) -> None:
 
 
 def test_only_finished_seeds_count(plan: Plan) -> None:
-    for run in plan.runs:
-        if (run.method.name, run.rate, run.seed) in (("sdft", 1e-4, 2), ("sft", 3e-4, 0)):
-            (plan.folder(run) / "finished.json").unlink()
+    gone = [run for run in plan.runs if (run.method.name, run.seed) in (("sdft", 2), ("sft", 0))]
+    for run in gone:
+        (plan.folder(run) / "finished.json").unlink()
     summary = summarise(plan)
     assert summary.standing["sdft"].seeds == [0, 1]
     assert {pair.difference.seeds for pair in summary.pairs} == {(1,)}, "those that both have"
     told = notes(summary)
     assert any("SDFT has 2 of 3 seeds at its chosen rate" in note for note in told)
     statuses = [run["status"] for run in content(summary, "")["runs"]]
-    assert statuses.count("missing") == 2
+    assert statuses.count("missing") == len(gone)
     assert len(statuses) == len(plan.runs)
+
+
+def test_a_rate_does_not_win_by_the_seeds_that_it_survived(plan: Plan) -> None:
+    whole = summarise(plan).standing["sdft"]
+    assert whole.rate is not None
+    gone = [run for run in plan.runs if run.method.name == "sdft" and run.seed == 2]
+    (lost,) = (run for run in gone if run.rate == whole.rate.value)
+    (plan.folder(lost) / "finished.json").unlink()
+    found = summarise(plan).standing["sdft"]
+    assert found.rate is not None
+    assert found.rate.value != whole.rate.value
+    assert len(found.seeds) == 3
 
 
 def test_an_undefined_score_is_undefined_with_its_reason(tmp_path: Path) -> None:

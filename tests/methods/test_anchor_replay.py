@@ -194,20 +194,26 @@ def test_it_is_neither_optimised_nor_needed_to_evaluate(
 
 
 def test_replay_keeps_the_student_near_its_anchor(fit: Fit, model_dir: Path) -> None:
-    """Without past rows the run is SDFT's; with them it is another."""
+    """Without past rows, in the first stage, the run is SDFT's; with them it is another."""
     runs = []
-    for method, mixtures in (
-        (SDFTModule, []),
-        (AnchorReplayModule, []),
-        (AnchorReplayModule, [PastReplay(1.0)]),
+    for method, names, mixtures in (
+        (SDFTModule, ["first"], []),
+        (AnchorReplayModule, ["first"], [PastReplay(1.0)]),
+        (SDFTModule, ["first", "second"], []),
+        (AnchorReplayModule, ["first", "second"], [PastReplay(1.0)]),
     ):
         module = make_method(method, model_dir)
-        _, trained = fit(module=module, data=make_data(mixtures=mixtures))
+        _, trained = fit(module=module, data=make_data(names, mixtures=mixtures))
         runs.append(state(trained.model))
     # SDFT compares hidden states, replay whole logits: the same to rounding.
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-2, atol=1e-4)
-    furthest = max((runs[0][name] - runs[2][name]).abs().max().item() for name in runs[0])
+    furthest = max((runs[2][name] - runs[3][name]).abs().max().item() for name in runs[2])
     assert furthest > 1e-3
+
+
+def test_without_a_mixture_of_past_examples_it_does_not_start(fit: Fit, model_dir: Path) -> None:
+    with pytest.raises(ValueError, match="'anchor_replay' needs a mixture that draws past"):
+        fit(module=make_method(AnchorReplayModule, model_dir), data=make_data())
 
 
 def test_a_bad_anchor_is_named(model_dir: Path) -> None:
