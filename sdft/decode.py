@@ -23,6 +23,7 @@ from sdft.rollout import (
     Sampling,
     as_rollout,
     evaluation_mode,
+    unwrapped,
 )
 from sdft.sampler import draw
 
@@ -51,6 +52,7 @@ class DecodeEngine(RolloutEngine):
         pad_id: int,
     ) -> Rollout:
         """Sample one completion per prompt (see `RolloutEngine`)."""
+        model = unwrapped(model)
         if not takes_cache(model):
             return GenerateEngine().generate(model, prompts, sampling, eos_ids, pad_id)
         device = model.device

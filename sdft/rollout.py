@@ -114,12 +114,19 @@ class GenerateEngine(RolloutEngine):
         pad_id: int,
     ) -> Rollout:
         """Sample one completion per prompt (see `RolloutEngine`)."""
+        model = unwrapped(model)
         ids_BT, mask_BT = pad(prompts, pad_id, "left", model.device)
         config = _generation_config(sampling, eos_ids, pad_id)
         config.cache_implementation = self.cache_implementation
         with evaluation_mode(model), _only(model, config):
             output_BT = cast(Any, model).generate(inputs=ids_BT, attention_mask=mask_BT.long())
         return as_rollout(output_BT[:, ids_BT.shape[1] :], eos_ids, sampling.max_new_tokens)
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The model in peft's wrapper, its adapters included: the wrapper hides cache and settings."""
+    wrapped = hasattr(model, "get_base_model") and not model.active_peft_config.is_prompt_learning
+    return cast(PreTrainedModel, model.get_base_model() if wrapped else model)
 
 
 def as_rollout(ids_BT: Tensor, eos_ids: Sequence[int], max_new_tokens: int) -> Rollout:

@@ -249,6 +249,20 @@ def test_a_recurrent_model_goes_through_generate(monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_adapters_in_pefts_wrapper_are_decoded_with(
+    name: str, engine: DecodeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    plain = engine.generate(lively(name), prompts(1), greedy(8), SOME, 0)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(lively(name), config).double().eval()
+    expected = REFERENCE.generate(model, prompts(1), greedy(8), SOME, 0)
+    monkeypatch.setattr(GenerateEngine, "generate", None)
+    assert same(engine.generate(model, prompts(1), greedy(8), SOME, 0), expected)
+    assert not same(plain, expected)
+
+
 # ---------------------------------------------------------------- sampling
 
 

@@ -18,7 +18,12 @@ from sdft.rollout import GenerateEngine, Rollout, RolloutEngine, Sampling, as_ro
 PAD, EOS = 0, 1
 PROMPTS = [[3, 9, 10, 4], [3, 12, 4], [3, 13, 14, 15, 16, 9, 4]]
 ENGINE: RolloutEngine = GenerateEngine()
-ENGINES: dict[str, RolloutEngine] = {"generate": GenerateEngine(), "decode": DecodeEngine()}
+ENGINES: dict[str, RolloutEngine] = {
+    "generate": GenerateEngine(),
+    "decode": DecodeEngine(),
+    "by forward": DecodeEngine(direct=False),
+    "static": GenerateEngine("static"),
+}
 
 
 @pytest.fixture(params=ENGINES, autouse=True)
