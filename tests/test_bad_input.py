@@ -108,7 +108,10 @@ def test_the_unbroken_run_works(config: dict[str, Any]) -> None:
         (["--data.max_student_tokens", "2"], "task 'one', train: dropped 6 of 6 examples"),
         (["--watch.limit", "0"], "watch.limit must be at least 1, found 0"),
         (["--watch.on_drop", "panic"], "watch.on_drop: must be one of"),
-        (["--watch.every_n_steps", "1"], "method 'sdft' does not have: set watch.on_drop to stop"),
+        (
+            ["--watch.every_n_steps", "1", "--watch.on_drop", "raise_weight"],
+            "method 'sdft' does not have: set watch.on_drop to stop",
+        ),
         (
             ["--watch.every_n_steps", "1", "--watch.on_drop", "stop"],
             "no task or suite has validation examples",

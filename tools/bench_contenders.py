@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, Trainer
 from sdft import ContinualDataModule, Example, PythonTask, SDFTModule, StudentModule
 from sdft.batch import Batch
 from sdft.callbacks import EMATeacher
+from sdft.cost import Ledger
 from sdft.methods import SFTModule
 from sdft.rollout import Rollout
 
@@ -43,8 +44,11 @@ class Baton(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """Note the phases' seconds."""
-        pl_module.phases.enter("")
-        self.phases = dict(pl_module.phases.seconds)
+        clock = pl_module.phases
+        clock.enter("")
+        if clock.totals is not None:
+            self.phases = {name: cost.seconds for name, cost in clock.totals.phases.items()}
+        clock.totals = Ledger()
 
 
 class Contender:
