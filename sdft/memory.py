@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
 import torch
 
 _STATM = Path("/proc/self/statm")
+_STATUS = Path("/proc/self/status")
 
 
 class MemoryMeter:
@@ -46,6 +48,10 @@ class MemoryMeter:
 
 def process_peak() -> int:
     """The largest resident set of this process so far, in bytes; 0 where the system hides it."""
+    if _STATUS.exists():  # `getrusage` counts what the parent held before the start, too
+        found = re.search(r"^VmHWM:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     if sys.platform == "win32":
         return 0
     import resource  # Unix has it

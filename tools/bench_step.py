@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from bench_contenders import (
 )
 from bench_material import Setting, make_model
 
+from sdft.memory import process_peak
 from sdft.rollout import GenerateEngine
 
 QUICK = Setting()
@@ -124,7 +124,7 @@ def run_alone(name: str, folder: Path, setting: Setting) -> None:
     if torch.cuda.is_available():
         print(torch.cuda.max_memory_allocated())
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(process_peak())
     sys.stdout.flush()
     os._exit(0)  # the loop's thread still waits for its next step
 
