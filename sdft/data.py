@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from sdft.batch import Batch, Origin
 from sdft.encoded import Encoded, collate, encode_split
-from sdft.mixtures import Mixture, stage_parts
+from sdft.mixtures import MIXTURES, Mixture, stage_parts
 from sdft.prompts import Encoder
 from sdft.seeding import run_seed
 from sdft.stages import StageLoader, batches_in_stage, stage_batches, steps_of_parts
@@ -35,6 +35,10 @@ class Student(Protocol):
     @property
     def learns_from(self) -> frozenset[Origin]:
         """Which rows of a batch it can be trained on."""
+
+    @property
+    def needs_rows(self) -> Origin | None:
+        """Rows without which the method would be another."""
 
     @property
     def trains(self) -> bool:
@@ -239,6 +243,13 @@ class ContinualDataModule(LightningDataModule):
         self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
     def _check_mixtures(self) -> None:
+        needed = self._student.needs_rows
+        if needed and not any(mixture.origin == needed for mixture in self.mixtures):
+            fitting = [kind.__name__ for kind in MIXTURES if kind.origin == needed]
+            raise ValueError(
+                f"the method {self._student.method!r} needs {needed!r} rows: add "
+                f"sdft.mixtures.{' or '.join(fitting)} to data.mixtures"
+            )
         for mixture in self.mixtures:
             if mixture.origin not in self._student.learns_from:
                 raise ValueError(

@@ -192,6 +192,10 @@ def stage_parts(mixtures: Sequence[Mixture], batches: int) -> list[int]:
     return [part for part in parts if part]
 
 
+MIXTURES: tuple[type[Mixture], ...] = (PastReplay, GeneralPrompts, Reinvoke, Joint)
+"""The mixtures of this module."""
+
+
 class _PromptDraw:
     """General prompts in passes, each pass shuffled anew, so that none is used much more often."""
 

@@ -70,6 +70,8 @@ class StudentModule(Respondent):
     """Whether training changes the student; where not, its evaluation is not repeated."""
     learns_from: frozenset[Origin] = frozenset(("new", "past"))
     """Rows of a batch that the method can be trained on."""
+    needs_rows: Origin | None = None
+    """Rows without which the method would be another: some mixture has to add them."""
     needs_base = False
     """Whether the method itself works with the base model, tracked or not."""
     copies: tuple[str, ...] = ()

@@ -27,7 +27,7 @@ from sdft.comparison.process import Launcher
 from sdft.comparison.report import write_report
 from sdft.comparison.results import Results, load_results
 from sdft.comparison.runner import Runner
-from sdft.comparison.settings import method_settings
+from sdft.comparison.settings import Settings, method_settings
 from sdft.comparison.summary import Summary
 from sdft.comparison.verdict import headline
 
@@ -53,11 +53,12 @@ def main(args: list[str]) -> int:
     if options["report_only"]:  # needs no lock: it may look at a comparison that is under way
         if not plan.out.is_dir():
             raise ValueError(f"--report_only: there is no folder {plan.out}")
-        return _report(plan, command)
+        return _report(plan, method_settings(plan, effective_settings), command)
     try:
         with folder_lock(plan.out) as lock, _termination():
-            _run(plan, lock)
-            return _report(plan, command)
+            settings = method_settings(plan, effective_settings)
+            _run(plan, settings, lock)
+            return _report(plan, settings, command)
     except KeyboardInterrupt:
         print("sdft: interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -84,8 +85,7 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def _run(plan: Plan, lock: int) -> None:
-    settings = method_settings(plan, effective_settings)
+def _run(plan: Plan, settings: dict[str, Settings], lock: int) -> None:
     launcher = Launcher(plan.values.threads, [lock])
     Runner(plan, settings, launcher, lambda line: print(line, flush=True)).execute()
 
@@ -116,8 +116,8 @@ def effective_settings(files: list[Path]) -> dict[str, Any]:
     return found
 
 
-def _report(plan: Plan, command: str) -> int:
-    results = load_results(plan)
+def _report(plan: Plan, settings: dict[str, Settings], command: str) -> int:
+    results = load_results(plan, settings)
     summary = Summary(plan, results)
     write_report(summary, plan.out, command)
     print(f"\n{headline(summary)}\nreport: {plan.out / 'report.html'}")

@@ -61,13 +61,15 @@ def content(summary: Summary, command: str) -> dict[str, Any]:
 def runs(summary: Summary) -> list[dict[str, Any]]:
     """One entry per method × learning rate × seed, in the plan's order."""
     finished = {result.run: result for result in summary.results.finished}
-    failed = {failure.run for failure in summary.results.failed}
+    status = dict.fromkeys(finished, "finished")
+    status |= {failure.run: "failed" for failure in summary.results.failed}
+    status |= dict.fromkeys(summary.results.changed, "changed")
     chosen = {result.run for standing in summary.standings for result in standing.results}
     return [
         {
             **_run(run),
             "folder": str(summary.plan.folder(run)),
-            "status": "finished" if run in finished else "failed" if run in failed else "missing",
+            "status": status.get(run, "missing"),
             "chosen": run in chosen,
             **_measured(finished.get(run)),
         }

@@ -19,6 +19,7 @@ def notes(summary: Summary) -> list[str]:
         *_seeds(summary),
         *_alike(summary),
         *_absent(summary),
+        *_changed(summary),
         *_budget(summary.results.finished),
         *_cost(summary),
     ]
@@ -45,6 +46,15 @@ def _seeds(summary: Summary) -> Iterator[str]:
         yield "Where a method has one seed, there is no interval and no verdict."
     if counts and 1 < min(counts) < _FEW:
         yield "Two seeds give very wide intervals (Student's t with one degree of freedom is 12.7)."
+
+
+def _changed(summary: Summary) -> Iterator[str]:
+    if summary.results.changed:
+        titles = "; ".join(run.title for run in summary.results.changed)
+        yield (
+            f"Left out, as their folders hold runs of another configuration: {titles}. Run the "
+            "comparison to make them."
+        )
 
 
 def _alike(summary: Summary) -> Iterator[str]:

@@ -121,7 +121,7 @@ def _verdict(summary: Summary) -> dict[str, Any]:
             {"title": own.run.title, "reason": f"it {own.reason}", "log": own.log}
             for own in summary.results.failed
         ],
-        "missing": [run.title for run in summary.results.missing],
+        "missing": [r.title for r in (*summary.results.missing, *summary.results.changed)],
         "total": len(summary.plan.runs),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 from sdft.comparison.folder import RunFolder, read_json
 from sdft.comparison.plan import Plan, Run
-from sdft.comparison.settings import BUDGET, EVALUATION, check_matched
+from sdft.comparison.settings import Settings, run_settings
 from sdft.metrics import retention_metrics
 
 
@@ -106,37 +106,50 @@ class Results:
         finished: Finished runs, in the plan's order.
         failed: Failed ones.
         missing: Runs that were neither.
+        changed: Runs in whose place stands one of another configuration.
     """
 
     finished: list[Result]
     failed: list[Failure]
     missing: list[Run]
+    changed: list[Run]
 
 
-def load_results(plan: Plan) -> Results:
+def load_results(plan: Plan, settings: Mapping[str, Settings]) -> Results:
     """Read every run of the plan from its folder.
 
+    Args:
+        plan: What is compared.
+        settings: Each method's configuration, by its name; a run of another one does not count.
+
     Raises:
-        ValueError: Two runs differ in their tasks, suites, budget or evaluation.
+        ValueError: Two runs differ in their tasks or suites, or in how many examples these have.
     """
-    finished: list[Result] = []
-    failed: list[Failure] = []
-    missing: list[Run] = []
+    found = Results([], [], [], [])
+    others: list[Result] = []
     for run in plan.runs:
         folder = RunFolder(plan.folder(run))
-        mark, failure = folder.mark(), folder.failure()
-        if mark is not None and folder.shortfall() is None:
-            report = read_json(folder.path / "retention.json")
-            assert report is not None
-            cost = read_json(folder.path / "cost.json")
-            finished.append(Result(run, folder.path, report, cost, mark.get("seconds")))
+        failure, whole = folder.failure(), folder.mark() is not None and folder.shortfall() is None
+        state = folder.state(run_settings(settings[run.method.name], run, folder.path))
+        if state == "finished":
+            found.finished.append(_result(run, folder))
+        elif state == "changed":
+            found.changed.append(run)
+            others += [_result(run, folder)] if whole else []
         elif failure is not None:
-            failed.append(Failure(run, failure["reason"], list(failure["log"])))
+            found.failed.append(Failure(run, failure["reason"], list(failure["log"])))
         else:
-            missing.append(run)
-    check_same_stream(finished)
-    _check_settings(finished)
-    return Results(finished, failed, missing)
+            found.missing.append(run)
+    check_same_stream([*found.finished, *others])
+    return found
+
+
+def _result(run: Run, folder: RunFolder) -> Result:
+    report, mark = read_json(folder.path / "retention.json"), folder.mark()
+    assert report is not None
+    assert mark is not None
+    cost = read_json(folder.path / "cost.json")
+    return Result(run, folder.path, report, cost, mark.get("seconds"))
 
 
 def check_same_stream(results: Sequence[Result]) -> None:
@@ -162,18 +175,6 @@ def check_same_stream(results: Sequence[Result]) -> None:
                     f"and on {theirs} examples: raise data.max_student_tokens, so that none is "
                     "dropped for its length"
                 )
-
-
-def _check_settings(results: Sequence[Result]) -> None:
-    found = {}
-    for result in results:
-        settings = RunFolder(result.folder).settings()
-        if settings is None:
-            raise ValueError(f"{result.folder}: there is no readable run.yaml")
-        found[f"the run {result.folder}"] = settings
-    check_matched(found, EVALUATION)
-    rated = [f"the run {r.folder}" for r in results if r.run.rate is not None]
-    check_matched({name: found[name] for name in rated}, BUDGET)
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:

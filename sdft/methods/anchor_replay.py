@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sdft.batch import Batch
+from sdft.batch import Batch, Origin
 from sdft.module import SDFTModule
 from sdft.rollout import Rollout
-from sdft.run import task_stream
 from sdft.weights import set_weights
 
 AnchorKind = Literal["stage_start", "base"]
@@ -35,6 +34,7 @@ class AnchorReplayModule(SDFTModule):
     """
 
     method = "anchor_replay"
+    needs_rows: Origin | None = "past"
     copies: tuple[str, ...] = ("teacher", "anchor")
 
     def __init__(self, anchor: AnchorKind = "stage_start", **kwargs: Any) -> None:
@@ -52,19 +52,6 @@ class AnchorReplayModule(SDFTModule):
         if self.anchor_kind == "stage_start":
             assert self.anchor is not None
             set_weights(self.anchor, self.model)
-
-    def on_fit_start(self) -> None:
-        """Make sure that there is something to replay.
-
-        Raises:
-            ValueError: No mixture draws past examples.
-        """
-        if not any(mixture.origin == "past" for mixture in task_stream(self.trainer).mixtures):
-            raise ValueError(
-                "the method 'anchor_replay' needs a mixture that draws past examples: add "
-                "sdft.mixtures.PastReplay to data.mixtures"
-            )
-        super().on_fit_start()
 
     @torch.no_grad()
     def score(self, batch: Batch, completion: Rollout) -> Tensor:

@@ -11,7 +11,6 @@ from sdft.batch import Batch, Origin
 from sdft.losses import check_alpha, sequence_mean, token_divergence
 from sdft.methods.sft import SFTModule
 from sdft.rollout import Rollout, Sampling
-from sdft.run import task_stream
 
 
 class ReinvokeModule(SFTModule):
@@ -34,6 +33,7 @@ class ReinvokeModule(SFTModule):
     """
 
     method = "reinvoke"
+    needs_rows: Origin | None = "general"
     learns_from: frozenset[Origin] = frozenset(("new", "past", "general"))
     needs_base = True
 
@@ -53,19 +53,6 @@ class ReinvokeModule(SFTModule):
         self.alpha = alpha
         self.sampling = Sampling(self.greedy.max_new_tokens, temperature)
         self.skip_first_tokens = skip_first_tokens
-
-    def on_fit_start(self) -> None:
-        """Make sure that there is something to re-invoke.
-
-        Raises:
-            ValueError: No mixture draws general prompts.
-        """
-        if not any(mixture.origin == "general" for mixture in task_stream(self.trainer).mixtures):
-            raise ValueError(
-                "the method 'reinvoke' needs a mixture that draws general prompts: add "
-                "sdft.mixtures.Reinvoke to data.mixtures"
-            )
-        super().on_fit_start()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean over all rows: the demonstrations' loss, and the general prompts' divergence."""

@@ -56,6 +56,7 @@ class SoftTargetModule(OfflineModule):
     """
 
     method = "soft_targets"
+    needs_rows: Origin | None = "general"
     learns_from: frozenset[Origin] = frozenset(("new", "past", "general"))
 
     def __init__(
@@ -101,20 +102,6 @@ class SoftTargetModule(OfflineModule):
         return self.targets_from == "snapshot"
 
     # ---------------------------------------------------------------- before training
-
-    def on_fit_start(self) -> None:
-        """Have the general prompts answered.
-
-        Raises:
-            ValueError: No mixture draws general prompts.
-        """
-        mixtures = task_stream(self.trainer).mixtures
-        if not any(mixture.origin == "general" for mixture in mixtures):
-            raise ValueError(
-                "the method 'soft_targets' needs a mixture that draws general prompts: add "
-                "sdft.mixtures.GeneralPrompts to data.mixtures"
-            )
-        super().on_fit_start()
 
     def requests(self) -> list[Request]:
         """The general prompts, each once."""

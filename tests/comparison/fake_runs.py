@@ -12,7 +12,7 @@ import yaml
 
 from sdft.comparison.folder import RunFolder, write_json
 from sdft.comparison.plan import Comparison, Plan, Run
-from sdft.comparison.results import load_results
+from sdft.comparison.results import Results, load_results
 from sdft.comparison.settings import Settings, run_settings
 from sdft.comparison.summary import Summary
 
@@ -37,7 +37,12 @@ SETTINGS: Settings = {
             "steps": 60,
         },
     },
-    "retention": {"split": "test", "limit": None, "enabled": True},
+    "retention": {
+        "split": "test",
+        "limit": None,
+        "enabled": True,
+        "selection_split": "validation",
+    },
     "samples": {"count": 4},
     "checkpoint": {"every_n_steps": 50, "stages": True},
     "export": {"enabled": True},
@@ -119,5 +124,11 @@ def finish(
     return folder
 
 
+def loaded(plan: Plan, settings: Settings | None = None) -> Results:
+    """The plan's runs, all methods with one configuration."""
+    own = settings or SETTINGS
+    return load_results(plan, {method.name: own for method in plan.methods})
+
+
 def summarise(plan: Plan) -> Summary:
-    return Summary(plan, load_results(plan))
+    return Summary(plan, loaded(plan))

@@ -10,16 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import TEMPLATE, echo_examples, write_jsonl
-from fake_runs import finish, make_plan, retention, write_plan
+from fake_runs import SETTINGS, finish, make_plan, retention, write_plan
 
 from sdft.cli import main
 from sdft.comparison.folder import RunFolder
+from sdft.comparison.settings import run_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [[0.0, 0.1, 1.0, 1.0], [0.8, 0.1, 0.9, 0.9], [0.7, 0.9, 0.9, 0.8]]
@@ -74,6 +76,15 @@ def test_the_help_names_the_command_and_explains_it(capsys: pytest.CaptureFixtur
         assert told in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method's configuration is that of the made-up runs."""
+    monkeypatch.setattr(
+        "sdft.comparison.command.effective_settings", lambda files: deepcopy(SETTINGS)
+    )
+
+
+@pytest.mark.usefixtures("resolved")
 def test_a_report_on_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(tmp_path, {"sft": {"learning_rates": [1e-4]}, "dft": None})
     finish(plan, plan.runs[0], retention(ROWS))
@@ -98,6 +109,21 @@ def test_settings_with_class_paths_are_reported_as_they_stand_in_the_file(tmp_pa
     assert own["init_args"]["kind"] == "named"
 
 
+@pytest.mark.usefixtures("resolved")
+def test_runs_of_another_configuration_are_left_out_and_named(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, {"sft": {"learning_rates": [1e-4]}})
+    finish(plan, plan.runs[0], retention(ROWS))
+    other = deepcopy(SETTINGS)
+    other["data"]["init_args"]["steps"] = 61
+    finish(plan, plan.runs[1], retention(ROWS), settings=other)
+    assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--report_only"]) == 0
+    found = json.loads((plan.out / "compare.json").read_text())
+    assert [run["status"] for run in found["runs"]] == ["finished", "changed"]
+    assert found["summary"]["sft"]["seeds"] == [0]
+    assert any("another configuration: sft, lr 1e-4, seed 1" in note for note in found["notes"])
+
+
+@pytest.mark.usefixtures("resolved")
 def test_a_report_on_runs_of_different_streams(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,13 +144,14 @@ def test_a_report_on_a_folder_that_is_not_there(
     assert not Path("nowhere").exists()
 
 
+@pytest.mark.usefixtures("resolved")
 def test_a_report_with_failed_runs_ends_with_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = make_plan(tmp_path, {"sft": {"learning_rates": [1e-4]}})
     finish(plan, plan.runs[0], retention(ROWS))
     folder = RunFolder(plan.folder(plan.runs[1]))
-    folder.path.mkdir(parents=True)
+    folder.prepare(run_settings(SETTINGS, plan.runs[1], folder.path))
     folder.log.write_text("out of luck\n")
     folder.fail("ended with status 3", resumed=False)
     assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--report_only"]) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_runs import SUITES, TASKS, cost, finish, make_plan, retention, summarise
+from fake_runs import SETTINGS, SUITES, TASKS, cost, finish, loaded, make_plan, retention, summarise
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
@@ -21,6 +21,7 @@ from sdft.comparison.pareto import front
 from sdft.comparison.pictures import pictures
 from sdft.comparison.plan import Plan
 from sdft.comparison.report import write_report
+from sdft.comparison.settings import run_settings
 from sdft.comparison.summary import Summary
 from sdft.comparison.tables import latex, latex_table
 
@@ -254,7 +255,7 @@ def test_a_comparison_without_a_finished_run_has_a_page_all_the_same(tmp_path: P
     plan = make_plan(tmp_path, {"sft": None})
     for run in plan.runs:
         folder = RunFolder(plan.folder(run))
-        folder.path.mkdir(parents=True)
+        folder.prepare(run_settings(SETTINGS, run, folder.path))
         folder.fail("ended with status 2", resumed=False)
     summary = summarise(plan)
     write_report(summary, plan.out, COMMAND)
@@ -278,15 +279,13 @@ def test_the_front_is_what_no_point_surpasses() -> None:
 def test_without_suites_and_drift_there_are_fewer_pictures(tmp_path: Path) -> None:
     from copy import deepcopy
 
-    from fake_runs import SETTINGS
-
     settings = deepcopy(SETTINGS)
     settings["data"]["init_args"]["suites"] = []
     plan = make_plan(tmp_path, {"sft": None})
     for run in plan.runs:
         report = retention([[0.0, 0.0], [0.5, 0.0], [0.4, 0.6]], suites=[])
         finish(plan, run, report, settings=settings)
-    found = [picture.name for picture in pictures(summarise(plan))]
+    found = [picture.name for picture in pictures(Summary(plan, loaded(plan, settings)))]
     assert found == ["compare", "curves", "length"]
 
 

@@ -212,7 +212,7 @@ def test_a_failed_run_stops_no_other(work: Work) -> None:
     assert len(outcome.finished) == 7
     (line,) = [line for line in work.said if "FAILED" in line]
     assert "ended with status 2" in line
-    results = load_results(work.plan)
+    results = load_results(work.plan, work.settings)
     (failure,) = results.failed
     assert failure.log == ["starting", "sdft: error: no such word"]
     assert failure.reason == "ended with status 2"
@@ -224,7 +224,7 @@ def test_a_failed_run_is_tried_again(work: Work) -> None:
     work.runner().execute()
     del work.launch.endings[name]
     assert work.runner().execute().finished == [work.plan.runs[1]]
-    assert load_results(work.plan).failed == []
+    assert load_results(work.plan, work.settings).failed == []
 
 
 def test_an_end_without_a_whole_report_is_a_failure(work: Work) -> None:
@@ -234,7 +234,7 @@ def test_an_end_without_a_whole_report_is_a_failure(work: Work) -> None:
 
     work.launch.endings[work.plan.runs[0].name] = short
     assert work.runner().execute().failed == [work.plan.runs[0]]
-    assert "2 rows of 3" in load_results(work.plan).failed[0].reason
+    assert "2 rows of 3" in load_results(work.plan, work.settings).failed[0].reason
 
 
 def test_a_run_that_fails_when_resumed_starts_afresh_next_time(work: Work) -> None:

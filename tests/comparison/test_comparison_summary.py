@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from fake_runs import SUITES, TASKS, cost, finish, make_plan, retention, summarise
+from fake_runs import SETTINGS, SUITES, TASKS, cost, finish, loaded, make_plan, retention, summarise
 
 from sdft.comparison.content import content
 from sdft.comparison.curves import column_lines
 from sdft.comparison.notes import notes
 from sdft.comparison.plan import Plan, Run
+from sdft.comparison.summary import Summary
 from sdft.comparison.verdict import against_baseline, headline
 
 BASE_ROW = [0.0, 0.1, 1.0, 1.0]
@@ -226,14 +227,12 @@ def test_an_undefined_score_is_undefined_with_its_reason(tmp_path: Path) -> None
 
 
 def test_without_suites(tmp_path: Path) -> None:
-    from fake_runs import SETTINGS
-
     settings = json.loads(json.dumps(SETTINGS))
     settings["data"]["init_args"]["suites"] = []
     plan = make_plan(tmp_path, {"one": SWEEP, "two": SWEEP}, seeds=[0, 1])
     rows = [[0.0, 0.0], [0.5, 0.0], [0.4, 0.6]]
     fill(plan, lambda run: retention(rows, suites=[]), settings=settings)
-    summary = summarise(plan)
+    summary = Summary(plan, loaded(plan, settings))
     own = content(summary, "")["summary"]["one"]
     assert own["undefined"]["prior"] == "there are no prior suites"
     assert own["undefined"]["retention"] == "there are no prior suites"
@@ -296,13 +295,14 @@ def test_other_suites_are_refused(plan: Plan) -> None:
         summarise(plan)
 
 
-def test_another_budget_is_refused(plan: Plan) -> None:
+def test_a_run_of_another_configuration_does_not_count(plan: Plan) -> None:
     file = plan.folder(plan.runs[3]) / "run.yaml"
     settings = yaml.safe_load(file.read_text())
     settings["data"]["init_args"]["steps"] = 61
     file.write_text(yaml.safe_dump(settings))
-    with pytest.raises(ValueError, match=r"differ in data.steps: 60 and 61"):
-        summarise(plan)
+    summary = summarise(plan)
+    assert summary.results.changed == [plan.runs[3]]
+    assert plan.runs[3] not in [result.run for result in summary.results.finished]
 
 
 # ---------------------------------------------------------------- curves

@@ -212,7 +212,7 @@ def test_replay_keeps_the_student_near_its_anchor(fit: Fit, model_dir: Path) -> 
 
 
 def test_without_a_mixture_of_past_examples_it_does_not_start(fit: Fit, model_dir: Path) -> None:
-    with pytest.raises(ValueError, match="'anchor_replay' needs a mixture that draws past"):
+    with pytest.raises(ValueError, match=r"'anchor_replay' needs 'past' rows: add .*PastReplay"):
         fit(module=make_method(AnchorReplayModule, model_dir), data=make_data())
 
 

@@ -297,7 +297,7 @@ def test_a_prompt_that_stands_twice_is_answered_once(fit: Any, model_dir: Path) 
 
 
 def test_general_prompts_and_their_mixture_are_needed(fit: Any, model_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"add sdft\.mixtures\.GeneralPrompts to data\.mixtures"):
+    with pytest.raises(ValueError, match=r"add sdft\.mixtures\.GeneralPrompts or Reinvoke to"):
         fit(module=make(model_dir), data=stream(mixtures=[]))
     with pytest.raises(ValueError, match=r"data\.general"):
         fit(module=make(model_dir), data=stream(general=[]))
