@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sdft.chunked import chunked_divergence
-from sdft.divergence import check_alpha, kl, log_probs
+from sdft.chunked import (
+    chunked_cross_entropy,
+    chunked_divergence,
+    chunked_topk_divergence,
+)
+from sdft.divergence import check_alpha, kl, log_probs, loss_dtype
 from sdft.topk import TopK, topk_divergence, topk_targets
 
 __all__ = [
     "TopK",
     "check_alpha",
+    "chunked_cross_entropy",
     "chunked_divergence",
+    "chunked_topk_divergence",
     "sequence_mean",
     "sequence_weights",
     "token_cross_entropy",
@@ -106,7 +112,7 @@ def sequence_weights(mask: Tensor) -> Tensor:
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target token, in fp32.
+    """Negative log-likelihood of each target token, in fp32 (fp64 for fp64 input).
 
     Args:
         logits: `[B, T, V]`.
@@ -115,7 +121,8 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         `[B, T]`, nats.
     """
-    return cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    logits = logits.to(loss_dtype(logits.dtype))
+    return cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
 def zero_loss(parameters: Iterable[Tensor]) -> Tensor:

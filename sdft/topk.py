@@ -48,7 +48,7 @@ def topk_targets(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
         raise ValueError(f"k must be at least 1, found {k}")
     log_probs_V = _scaled_log_probs(logits, temperature)
     kept, ids = log_probs_V.topk(min(k, logits.shape[-1]), dim=-1)
-    return TopK(ids.to(torch.int32), kept, _log_tail(log_probs_V, ids))
+    return TopK(ids.to(torch.int32), kept, log_tail(log_probs_V, ids))
 
 
 def topk_divergence(student_logits: Tensor, target: TopK, temperature: float = 1.0) -> Tensor:
@@ -69,11 +69,11 @@ def topk_divergence(student_logits: Tensor, target: TopK, temperature: float = 1
     Raises:
         ValueError: Shapes that do not fit together, or `temperature` not above 0.
     """
-    _check_shapes(student_logits, target)
+    check_target(tuple(student_logits.shape), target)
     student_BTV = _scaled_log_probs(student_logits, temperature)
     ids_BTK = target.ids.long()
     kept_BTK = student_BTV.gather(-1, ids_BTK)
-    tail_BT = _log_tail(student_BTV, ids_BTK)
+    tail_BT = log_tail(student_BTV, ids_BTK)
     buckets = torch.cat([target.log_probs, target.tail[..., None]], -1).to(student_BTV.dtype)
     return kl(buckets, torch.cat([kept_BTK, tail_BT[..., None]], -1))
 
@@ -85,8 +85,8 @@ def _scaled_log_probs(logits: Tensor, temperature: float) -> Tensor:
     return log_probs(logits if temperature == 1.0 else logits / temperature)
 
 
-def _log_tail(log_probs_V: Tensor, ids_K: Tensor) -> Tensor:
-    """Log of the mass outside `ids_K`, summed as it stands: 1 − Σ would cancel."""
+def log_tail(log_probs_V: Tensor, ids_K: Tensor) -> Tensor:
+    """Log of the mass outside `ids_K`, summed as it stands (1 − Σ would cancel): `[…, V]` → `[…]`."""
     others_V = log_probs_V.scatter(-1, ids_K, -math.inf)
     # logsumexp of nothing but −inf has a NaN gradient, which no mask behind it takes away.
     nothing = others_V.detach().amax(-1) == -math.inf
@@ -95,14 +95,14 @@ def _log_tail(log_probs_V: Tensor, ids_K: Tensor) -> Tensor:
     )
 
 
-def _check_shapes(student_logits: Tensor, target: TopK) -> None:
-    positions, vocabulary = student_logits.shape[:-1], student_logits.shape[-1]
+def check_target(logits: tuple[int, ...], target: TopK) -> None:
+    """Raise ValueError unless a target is one of logits of this shape."""
+    *positions, vocabulary = logits
     kept = target.ids.shape[-1]
     fits = target.ids.shape == target.log_probs.shape == (*positions, kept)
-    if not (fits and target.tail.shape == positions and kept <= vocabulary):
+    if not (fits and target.tail.shape == (*positions,) and kept <= vocabulary):
         raise ValueError(
-            f"student logits {tuple(student_logits.shape)} do not fit targets of ids "
-            f"{tuple(target.ids.shape)}, log_probs {tuple(target.log_probs.shape)} and tail "
-            f"{tuple(target.tail.shape)}: expected [B, T, V], [B, T, K], [B, T, K] and [B, T] "
-            "with K at most V"
+            f"student logits {logits} do not fit targets of ids {tuple(target.ids.shape)}, "
+            f"log_probs {tuple(target.log_probs.shape)} and tail {tuple(target.tail.shape)}: "
+            "expected […, V], […, K], […, K] and […] with K at most V"
         )
