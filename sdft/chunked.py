@@ -109,7 +109,7 @@ def chunked_cross_entropy(
     weights_N: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """`token_cross_entropy` of a head's logits, `hidden @ weight.T + bias`, which never stand whole.
+    """`token_cross_entropy` of a head's logits, `hidden @ weight.T + bias`, never whole.
 
     Gradients, types, weights and memory as in `chunked_divergence`, with 2 tensors of
     `[chunk_size, V]`.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdft.divergence import divergence_, kl, spare_buffers
 from sdft.sweep import ChunkedLogits, Head, Objective, Rows, SweepSettings, Visit
-from sdft.topk import TopK, log_tail
+from sdft.topk import TopK, log_tail, share_out_
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class TopKDivergence(Objective):
 
     @property
     def scratch(self) -> int:
-        """For the logits, and each token's share of the tail."""
+        """For the logits alone."""
         return 1
 
     @property
@@ -113,22 +113,10 @@ class TopKDivergence(Objective):
     def _visit(self, rows: Rows, student: Tensor, scratch: list[Tensor], masked: bool) -> Tensor:
         ids_RK, kept_RK, tail_R = (part[rows] for part in self.target)
         ids_RK = ids_RK.long()
-        buckets = torch.cat([kept_RK, tail_R[:, None]], -1).to(student.dtype)
-        found_R1 = log_tail(student, ids_RK)[:, None]
-        values_R = kl(buckets, torch.cat([student.gather(-1, ids_RK), found_R1], -1))
-        self._differentiate(student, ids_RK, buckets.exp(), found_R1, scratch[0])
-        return values_R
-
-    @staticmethod
-    def _differentiate(
-        student: Tensor, ids_RK: Tensor, mass: Tensor, found_R1: Tensor, share: Tensor
-    ) -> None:
-        """With buckets of mass P and Q, token v of bucket b gets q_v·ΣP − P_b·q_v/Q_b."""
-        # A tail that the student rules out has no token to move mass to.
-        nothing_R1 = found_R1 == -math.inf
-        kept_RK, tail_R1 = mass[:, :-1], mass[:, -1:].masked_fill(nothing_R1, 0.0)
-        total_R1 = kept_RK.sum(-1, keepdim=True) + tail_R1
-        torch.sub(student, found_R1.masked_fill(nothing_R1, 0.0), out=share).exp_().mul_(tail_R1)
-        student.exp_().mul_(total_R1)
-        moved_RK = student.gather(-1, ids_RK) - kept_RK
-        student.sub_(share).scatter_(-1, ids_RK, moved_RK)
+        wanted = torch.cat([kept_RK, tail_R[:, None]], -1).to(student.dtype)
+        found = torch.cat([student.gather(-1, ids_RK), log_tail(student, ids_RK)[:, None]], -1)
+        mass = wanted.exp()
+        mass[:, -1].masked_fill_(found[:, -1] == -math.inf, 0.0)  # no token to move mass to
+        gradient = found.exp() * mass.sum(-1, keepdim=True) - mass
+        share_out_(student, ids_RK, found[:, -1:], gradient)
+        return kl(wanted, found)

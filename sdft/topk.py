@@ -86,13 +86,28 @@ def _scaled_log_probs(logits: Tensor, temperature: float) -> Tensor:
 
 
 def log_tail(log_probs_V: Tensor, ids_K: Tensor) -> Tensor:
-    """Log of the mass outside `ids_K`, summed as it stands (1 − Σ would cancel): `[…, V]` → `[…]`."""
+    """Log of the mass outside `ids_K`, summed as it stands: 1 − Σ would cancel."""
     others_V = log_probs_V.scatter(-1, ids_K, -math.inf)
     # logsumexp of nothing but −inf has a NaN gradient, which no mask behind it takes away.
     nothing = others_V.detach().amax(-1) == -math.inf
     return (
         others_V.masked_fill_(nothing[..., None], 0.0).logsumexp(-1).masked_fill(nothing, -math.inf)
     )
+
+
+def share_out_(log_probs_V: Tensor, ids_K: Tensor, tail_1: Tensor, gradient: Tensor) -> None:
+    """Turn log-probabilities into the gradient with respect to their logits, from that of buckets.
+
+    Args:
+        log_probs_V: `[..., V]`; overwritten.
+        ids_K: `[..., K]`, tokens with a bucket of their own.
+        tail_1: `[..., 1]`, log of the other tokens' mass.
+        gradient: `[..., K + 1]`, of the buckets' masses under a softmax, the tail's last; the
+            tail's tokens share it in proportion to their probabilities.
+    """
+    # Where the tail is empty all its tokens are at −inf: any finite number will do.
+    log_probs_V.sub_(tail_1.masked_fill(tail_1 == -math.inf, 0.0)).exp_().mul_(gradient[..., -1:])
+    log_probs_V.scatter_(-1, ids_K, gradient[..., :-1])  # also over what has overflowed
 
 
 def check_target(logits: tuple[int, ...], target: TopK) -> None:

@@ -315,7 +315,7 @@ def test_bad_arguments_are_refused() -> None:
         chunked_topk_divergence(hidden, weight, soft(inputs, 2), temperature=0.0)
     with pytest.raises(ValueError, match="do not fit"):
         chunked_topk_divergence(hidden[1:], weight, soft(inputs, 2))
+    leaf = hidden.clone().requires_grad_()
+    value = chunked_cross_entropy(leaf, weight, TARGETS).sum()
     with pytest.raises(RuntimeError, match="no second derivative"):
-        leaf = hidden.clone().requires_grad_()
-        value = chunked_cross_entropy(leaf, weight, TARGETS).sum()
         torch.autograd.grad(value, leaf, create_graph=True)
