@@ -75,12 +75,7 @@ class CPTModule(SFTModule):
     def supervised(self, batch: Batch) -> Tensor:
         """Mean loss of the tokens of the batch's documents; logged."""
         batch, target = self.reading(batch)
-        logits_BTV = self.logits(self.model, batch.student_ids, target)
-        loss = self.token_loss(logits_BTV, target.ids_BT)[target.mask_BT].mean()
-        self.phases.enter("track")
-        self._log_step(batch, target, loss, logits_BTV.detach())
-        self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        return self.fitted(batch, target, target.mask_BT / target.mask_BT.sum())
 
     def reading(self, batch: Batch) -> tuple[Batch, Rollout]:
         """The batch's windows: the first token of each as the prompt, the others as its target."""

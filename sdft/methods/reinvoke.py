@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sdft.batch import Batch, Origin
-from sdft.losses import check_alpha, sequence_mean, token_divergence
+from sdft.losses import check_alpha, sequence_mean, sequence_weights, token_divergence
 from sdft.methods.sft import SFTModule
 from sdft.rollout import Rollout, Sampling
+from sdft.states import Lesson, heads_known, keeps, taught_by
 
 
 class ReinvokeModule(SFTModule):
@@ -69,16 +70,39 @@ class ReinvokeModule(SFTModule):
         assert self.base is not None
         self.phases.enter("generate")
         completion = self.sample(self.model, batch.student_ids, self.sampling)
+        distil = self._distil_states if self.distils_states else self._distil_logits
+        loss = distil(batch, completion)
+        self.phases.enter("track")
+        self._log_answers(completion, loss.detach())
+        self.phases.enter("update")  # backward and optimizer follow
+        return loss
+
+    @property
+    def distils_states(self) -> bool:
+        """Whether the divergence is taken from hidden states, so that whole logits never exist.
+
+        Not where a subclass has logits or a `divergence` of its own, or where a head is of no
+        known form.
+        """
+        own = keeps(self, ReinvokeModule, "divergence")
+        return own and self.takes_states and heads_known(self.base)
+
+    def _distil_states(self, batch: Batch, completion: Rollout) -> Tensor:
+        assert self.base is not None
+        positions_T = torch.arange(completion.mask_BT.shape[1], device=completion.mask_BT.device)
+        mask_BT = completion.mask_BT & (positions_T >= self.skip_first_tokens)
+        prompts, weights_BT = batch.student_ids, sequence_weights(mask_BT)
+        lesson = Lesson(prompts, self.base, prompts, completion, weights_BT)
+        return taught_by(self, lesson, self.sampling.temperature, self.alpha)[0]
+
+    def _distil_logits(self, batch: Batch, completion: Rollout) -> Tensor:
+        assert self.base is not None
         self.phases.enter("score")
         with torch.no_grad():
             base_BTV = self.logits(self.base, batch.student_ids, completion)
         self.phases.enter("update")
         student_BTV = self.logits(self.model, batch.student_ids, completion)
-        loss = self.divergence(student_BTV, base_BTV, completion)
-        self.phases.enter("track")
-        self._log_answers(completion, loss.detach())
-        self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        return self.divergence(student_BTV, base_BTV, completion)
 
     def divergence(
         self, student_logits_BTV: Tensor, base_logits_BTV: Tensor, completion: Rollout

@@ -16,10 +16,12 @@ from sdft.batch import Batch
 from sdft.checks import AnyCheck
 from sdft.encoded import Encoded
 from sdft.generated import Request
-from sdft.losses import sequence_mean, token_divergence, zero_loss
+from sdft.losses import sequence_weights, token_divergence, zero_loss
 from sdft.methods.offline import OfflineModule
+from sdft.methods.sft import Track
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
+from sdft.states import Lesson, heads_known, taught_by
 
 Loss = Literal["hard", "soft"]
 
@@ -94,25 +96,45 @@ class TeacherSampleModule(OfflineModule):
         if not places:
             return zero_loss(self.model.parameters())
         completion = self.completions(places)
-        logits_BTV = self.logits(self.model, rows.student_ids, completion)
-        per_token_BT = self._per_token(rows, completion, logits_BTV)
-        loss = sequence_mean(per_token_BT, completion.mask_BT)
+        weights_BT = sequence_weights(completion.mask_BT)
+        if self.loss_kind == "hard":
+            return self.fitted(rows, completion, weights_BT)
+        distil = self._distil_states if self.distils_states else self._distil_logits
+        loss, track = distil(rows, completion, weights_BT)
         self.phases.enter("track")
-        self._log_step(rows, completion, loss, logits_BTV.detach())
+        self._log_step(rows, completion, loss, track)
         self.phases.enter("update")  # backward and optimizer follow
         return loss
 
-    def _per_token(self, batch: Batch, completion: Rollout, logits_BTV: Tensor) -> Tensor:
-        if self.loss_kind == "hard":
-            return self.token_loss(logits_BTV, completion.ids_BT)
+    @property
+    def distils_states(self) -> bool:
+        """Whether the soft loss is taken from hidden states (see `fits_states`)."""
+        return self.takes_states and heads_known(self.base)
+
+    def _distil_states(
+        self, batch: Batch, completion: Rollout, weights_BT: Tensor
+    ) -> tuple[Tensor, Track]:
+        assert self.base is not None
+        lesson = Lesson(batch.student_ids, self.base, batch.teacher_ids, completion, weights_BT)
+        loss, student = taught_by(self, lesson, self.sampling.temperature)
+        return loss, self.tracking(batch.student_ids, completion, student)
+
+    def _distil_logits(
+        self, batch: Batch, completion: Rollout, weights_BT: Tensor
+    ) -> tuple[Tensor, Track]:
         assert self.base is not None
         self.phases.enter("score")
         with torch.no_grad():
             teacher_BTV = self.logits(self.base, batch.teacher_ids, completion)
         self.phases.enter("update")
+        logits_BTV = self.logits(self.model, batch.student_ids, completion)
         temperature = self.sampling.temperature
-        scaled_BTV = logits_BTV.float() / temperature
-        return token_divergence(scaled_BTV, teacher_BTV.float() / temperature)
+        per_token_BT = token_divergence(
+            logits_BTV.float() / temperature, teacher_BTV.float() / temperature
+        )
+        loss = (weights_BT * per_token_BT)[completion.mask_BT].sum()
+        prompts, detached_BTV = batch.student_ids, logits_BTV.detach()
+        return loss, lambda values: self.track(values, prompts, completion, detached_BTV)
 
 
 def _key(item: Encoded) -> tuple[int, ...]:
