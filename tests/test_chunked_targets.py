@@ -227,6 +227,16 @@ def test_a_tail_that_the_student_rules_out() -> None:
     assert torch.equal(hidden.grad, torch.zeros(2, 1))
 
 
+def test_an_infinite_value_has_the_gradient_of_what_can_move() -> None:
+    target = topk_targets(torch.tensor([[1.0, 0.5, 0.0]]), 2)
+    weight, bias = torch.tensor([[1.0], [-2.0], [0.5]]), torch.tensor([0.0, 0.0, -math.inf])
+    one, other = (torch.ones(1, 1, requires_grad=True) for _ in range(2))
+    found = chunked_topk_divergence(one, weight, target, bias_V=bias)
+    expected = topk_divergence(other @ weight.t() + bias, target)
+    assert found.item() == expected.item() == math.inf
+    torch.testing.assert_close(gradients(found, (one,)), gradients(expected, (other,)))
+
+
 def test_targets_of_no_mass_add_nothing() -> None:
     inputs = make_inputs(7)
     ids, log_probs, tail = soft(inputs, 3)
