@@ -56,7 +56,7 @@ def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float | None]:
         if first not in results or second not in results:
             return None
         pairs = zip(results[first]["all_seconds"], results[second]["all_seconds"], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+        return float(statistics.median(a / b for a, b in pairs))
 
     return {
         "sdft_over_sft": over("ours", "sft"),

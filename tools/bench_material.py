@@ -105,11 +105,14 @@ def random_model(
     """A randomly initialised model, made where it will be used."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(model_config(setting), dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model_config(setting), dtype=dtype
+        )
     model.generation_config = GenerationConfig(
         pad_token_id=0, eos_token_id=setting.eos_ids or None, bos_token_id=None
     )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def make_model(setting: Setting, folder: Path) -> Path:

@@ -23,7 +23,7 @@ from sdft.shapes import SHAPES, ModelShape
 
 QUICK = Setting()
 FULL = Setting(layers=6, hidden=512, intermediate=2048, vocab=32000, batch=16, completion=128)
-SHAPED = {"batch": 32, "prompt": 128, "demonstration": 128, "completion": 256}
+SHAPED: dict[str, Any] = {"batch": 32, "prompt": 128, "demonstration": 128, "completion": 256}
 """Work of a step on a known shape or a model from elsewhere."""
 FRUGAL_PARAMETERS = 3_000_000_000
 """Models with more are trained frugally, unless asked otherwise."""

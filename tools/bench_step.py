@@ -23,12 +23,12 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from bench_alone import Alone, quiet, run_alone
-from bench_contenders import TRLContender, make_contender
+from bench_contenders import RecordingSDFT, TRLContender, make_contender
 from bench_laps import PHASES, Lap, ratios, summary
 from bench_material import model_config
 from bench_models import Plan, add_arguments, plans, read_setting
@@ -46,7 +46,9 @@ def in_turn(plan: Plan, repeats: int, warmup: int, trl_python: str | None) -> di
     steps = repeats + warmup + 1
     ours = make_contender("ours", plan, steps)
     running: dict[str, Any] = {"ours": ours}
-    running["sft"] = make_contender("sft", plan, steps, lambda: ours.module.completion)
+    running["sft"] = make_contender(
+        "sft", plan, steps, lambda: cast(RecordingSDFT, ours.module).completion
+    )
     running["generate"] = make_contender("generate", plan, steps)
     if trl_python is not None:
         running["trl"] = TRLContender(trl_python, plan, steps)
