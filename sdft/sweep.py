@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdft.buckets import bucket_divergence_
 from sdft.divergence import divergence_, loss_dtype, spare_buffers
 
 HEAD_ROWS = 16384  # of the head's gradient added at once where that takes a temporary
@@ -36,6 +37,7 @@ class SweepSettings:
     chunk_size: int
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
+    top_k: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,10 +135,16 @@ class Sweep:
         slope = spare.pop() if len(spare) > spare_buffers(self.settings.alpha) else None
         self.student.log_probs(rows, spare[0], student, slope)
         self.teacher.log_probs(rows, spare[0], teacher)
-        masked = self.student.masked or self.teacher.masked
-        self.values_N[rows] = divergence_(student, teacher, self.settings.alpha, spare, masked)
+        self.values_N[rows] = self._divergence_(student, teacher, spare)
         if any(self.wanted):
             self._add(rows, student if slope is None else student.mul_(slope))
+
+    def _divergence_(self, student: Tensor, teacher: Tensor, spare: list[Tensor]) -> Tensor:
+        """The chunk's divergences; `student` becomes their gradient."""
+        if self.settings.top_k is not None:
+            return bucket_divergence_(student, teacher, self.settings.alpha, self.settings.top_k)
+        masked = self.student.masked or self.teacher.masked
+        return divergence_(student, teacher, self.settings.alpha, spare, masked)
 
     def _add(self, rows: Rows, gradient: Tensor) -> None:
         """Carry the gradient of the chunk's logits, `[rows, V]`, on to hidden states and head."""

@@ -48,7 +48,7 @@ def topk_targets(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
         raise ValueError(f"k must be at least 1, found {k}")
     log_probs_V = _scaled_log_probs(logits, temperature)
     kept, ids = log_probs_V.topk(min(k, logits.shape[-1]), dim=-1)
-    return TopK(ids.to(torch.int32), kept, _log_tail(log_probs_V, ids))
+    return TopK(ids.to(torch.int32), kept, log_tail(log_probs_V, ids))
 
 
 def topk_divergence(student_logits: Tensor, target: TopK, temperature: float = 1.0) -> Tensor:
@@ -73,7 +73,7 @@ def topk_divergence(student_logits: Tensor, target: TopK, temperature: float = 1
     student_BTV = _scaled_log_probs(student_logits, temperature)
     ids_BTK = target.ids.long()
     kept_BTK = student_BTV.gather(-1, ids_BTK)
-    tail_BT = _log_tail(student_BTV, ids_BTK)
+    tail_BT = log_tail(student_BTV, ids_BTK)
     buckets = torch.cat([target.log_probs, target.tail[..., None]], -1).to(student_BTV.dtype)
     return kl(buckets, torch.cat([kept_BTK, tail_BT[..., None]], -1))
 
@@ -85,7 +85,7 @@ def _scaled_log_probs(logits: Tensor, temperature: float) -> Tensor:
     return log_probs(logits if temperature == 1.0 else logits / temperature)
 
 
-def _log_tail(log_probs_V: Tensor, ids_K: Tensor) -> Tensor:
+def log_tail(log_probs_V: Tensor, ids_K: Tensor) -> Tensor:
     """Log of the mass outside `ids_K`, summed as it stands: 1 − Σ would cancel."""
     others_V = log_probs_V.scatter(-1, ids_K, -math.inf)
     # logsumexp of nothing but −inf has a NaN gradient, which no mask behind it takes away.
