@@ -35,7 +35,7 @@ class Horizon:
         Args:
             step: Optimizer steps made in the stage so far.
         """
-        return self.start + round((self.end - self.start) * min(step, self.steps) / self.steps)
+        return self.start + (self.end - self.start) * min(step, self.steps) // self.steps
 
     @property
     def longest(self) -> int:

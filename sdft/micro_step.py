@@ -120,7 +120,7 @@ class _Summed(torch.autograd.Function):
                 loss = part()
                 losses.append(loss.detach())
                 with torch.autocast(loss.device.type, enabled=False):
-                    (loss * scale).backward()  # type: ignore[no-untyped-call]
+                    (loss * scale).backward()
         ctx.scale, ctx.gradients = scale, [leaf.grad for leaf in leaves]
         return torch.stack(losses).sum()
 

@@ -251,15 +251,15 @@ class SDFTModule(StudentModule):
     def _log_step(
         self, batch: Batch, draw: Draw, loss: Tensor, compared: HiddenLoss | LogitsLoss
     ) -> None:
-        values = {
+        values: dict[str, float | Tensor] = {
             "train/divergence": loss,
             "train/completion_length": draw.completion.lengths_B.float().mean(),
             "train/truncated": draw.completion.truncated_B.float().mean(),
         }
         if self.horizon is not None:
-            values["train/horizon"] = torch.tensor(float(draw.limit))
+            values["train/horizon"] = float(draw.limit)
         if self.updates_per_generation > 1:
-            values["train/staleness"] = torch.tensor(float(self.global_step - draw.version))
+            values["train/staleness"] = float(self.global_step - draw.version)
         if compared.importance is not None:
             values |= compared.importance.scalars()
         self.log_dict(values, batch_size=len(batch))
