@@ -33,7 +33,8 @@ class HiddenLoss:
         completion: Their completions.
 
     Attributes:
-        importance: Of all completion tokens, where the rollout came with log-probabilities.
+        importance: Of all completion tokens, by micro-batches, where the rollout came with
+            log-probabilities.
     """
 
     def __init__(self, module: SDFTModule, batch: Batch, completion: Rollout) -> None:
@@ -46,7 +47,7 @@ class HiddenLoss:
         self._drawn_N = None
         if completion.logps_BT is not None:
             self._drawn_N = completion.logps_BT[completion.mask_BT]
-        self._importance: list[tuple[MicroBatch, Importance]] = []
+        self._importance: list[Importance] = []
 
     @torch.no_grad()
     def score(self) -> None:
@@ -63,7 +64,7 @@ class HiddenLoss:
         scale = _loss_scale(self.module)
         loss = losses[0]() if len(parts) == 1 else summed(losses, model, scale)
         if self._importance:
-            self.importance = self._joined()
+            self.importance = Importance.joined(self._importance)
         return loss
 
     @torch.no_grad()
@@ -125,17 +126,8 @@ class HiddenLoss:
             assert student is not None
             now_N = head_log_probs(student_ND, student, ids_N, module.sampling)
         importance = Importance.of(now_N, self._drawn_N[part.places], module.importance_cap)
-        self._importance.append((part, importance))
+        self._importance.append(importance)
         return importance.weights_N
-
-    def _joined(self) -> Importance:
-        """That of the micro-batches, in the order of the whole batch's tokens."""
-        order = torch.cat([part.places for part, _ in self._importance]).argsort()
-        found = [importance for _, importance in self._importance]
-        return Importance(
-            torch.cat([one.weights_N for one in found])[order],
-            torch.cat([one.capped_N for one in found])[order],
-        )
 
 
 def parts_of(

@@ -10,6 +10,7 @@ tokens before it, whose variance grows with the length, so the ratio is biased a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,14 @@ class Importance:
         log_ratios_N = log_ratios_N.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
         capped_N = log_ratios_N > math.log(cap)
         return cls(log_ratios_N.exp().clamp(max=cap), capped_N)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Importance]) -> Importance:
+        """The tokens of several, one after another."""
+        return cls(
+            torch.cat([part.weights_N for part in parts]),
+            torch.cat([part.capped_N for part in parts]),
+        )
 
     def scalars(self) -> dict[str, Tensor]:
         """The mean weight and the share of capped tokens, by the names that they are logged by."""

@@ -110,6 +110,23 @@ def test_layers_computed_again_and_frozen_parameters(
     assert_near(gradients, expected)
 
 
+def test_under_autocast(model_dir: Path, silent: None) -> None:
+    results = []
+    for tokens in (None, 30):
+        module = build(model_dir, micro_batch_tokens=tokens)
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            torch.manual_seed(0)
+            loss = module.training_step(batch_of(module, 6), 0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        results.append({name: p.grad for name, p in module.model.named_parameters()})
+    for name, expected in results[0].items():
+        own = results[1][name]
+        assert own is not None
+        assert expected is not None
+        assert own.dtype == torch.float32
+        assert (own - expected).norm() <= 3e-2 * expected.norm() + 1e-5, name
+
+
 def test_rows_of_a_batch_of_skipped_tokens_have_a_gradient_of_zero(
     model_dir: Path, silent: None
 ) -> None:
