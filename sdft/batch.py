@@ -57,6 +57,16 @@ class Batch:
         """Every example `times` times, neighbours together."""
         return self.rows([row for row in range(len(self)) for _ in range(times)])
 
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """The rows of several batches, one after another."""
+        return cls(
+            [example for batch in batches for example in batch.examples],
+            [ids for batch in batches for ids in batch.student_ids],
+            [ids for batch in batches for ids in batch.teacher_ids],
+            [origin for batch in batches for origin in batch.origins],
+        )
+
     def of(self, *origins: Origin) -> Batch:
         """The rows of these origins, in their order; may be empty."""
         return self.rows([row for row, origin in enumerate(self.origins) if origin in origins])

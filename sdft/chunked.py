@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from sdft.buckets import check_top_k
 from sdft.divergence import check_alpha, check_temperature, loss_dtype
 from sdft.forward_gradient import swept_loss
 from sdft.objectives import CrossEntropy, Divergence, TopKDivergence
@@ -36,6 +37,7 @@ def chunked_divergence(
     vocab_size: int | None = None,
     weights_N: Tensor | None = None,
     chunk_size: int | None = None,
+    top_k: int | None = None,
 ) -> Tensor:
     """`token_divergence` of two heads' logits, `hidden @ weight.T + bias`, which never stand whole.
 
@@ -65,6 +67,8 @@ def chunked_divergence(
             cost nothing and give 0 whatever stands in their rows.
         chunk_size: Rows at once; None: 256 on CPU, 1024 elsewhere. Memory grows with it: 3 (JSD 4,
             softcap 1 more) fp32 tensors of `[chunk_size, V]`.
+        top_k: Compare this many tokens one by one and all others as one, the tail, as
+            `sdft.losses.bucket_divergence` does: never above the exact value. None: all of them.
 
     Returns:
         `[N]`, nats, fp32 (fp64 for fp64 input); times `weights_N` if given.
@@ -75,14 +79,16 @@ def chunked_divergence(
     """
     check_alpha(alpha)
     check_temperature(temperature)
+    check_top_k(top_k)
     teacher = _checked_head("teacher", teacher_hidden_ND, teacher_weight_VD, teacher_bias_V)
     student = _checked_head("student", student_hidden_ND, student_weight_VD, student_bias_V)
     student_dtype = _product_dtype(student_hidden_ND)
     teacher_dtype = _product_dtype(teacher_hidden_ND)
+    vocabulary = _common_vocabulary(student, teacher, vocab_size)
     settings = SweepSettings(
         temperature=temperature,
         softcap=_checked_softcap(softcap),
-        vocabulary=_common_vocabulary(student, teacher, vocab_size),
+        vocabulary=vocabulary,
         chunk_size=_checked_chunk_size(chunk_size, student_hidden_ND.device),
         student_dtype=student_dtype,
         dtype=loss_dtype(torch.promote_types(student_dtype, teacher_dtype)),
@@ -94,7 +100,8 @@ def chunked_divergence(
         )
     _check_weights(student, weights_N)
     fixed = Head(*(None if tensor is None else tensor.detach() for tensor in teacher))  # type: ignore[arg-type]
-    objective = Divergence(fixed, alpha, teacher_dtype)
+    likeliest = None if top_k is None or top_k >= vocabulary else top_k
+    objective = Divergence(fixed, alpha, teacher_dtype, likeliest)
     return swept_loss(settings, objective, student, weights_N)
 
 

@@ -22,6 +22,7 @@ def head_divergence(
     alpha: float = 0.0,
     temperature: float = 1.0,
     weights_N: Tensor | None = None,
+    top_k: int | None = None,
 ) -> Tensor:
     """`chunked_divergence` of two models' hidden states, heads' scale and cap included.
 
@@ -33,6 +34,7 @@ def head_divergence(
         alpha: 0 forward KL, 1 reverse KL, between: JSD.
         temperature: Divides the logits of both sides.
         weights_N: `[N]`, factors of the tokens' divergences; sum the result for one pass.
+        top_k: Tokens compared one by one, the others as one; None: all.
 
     Returns:
         `[N]`, nats.
@@ -51,6 +53,7 @@ def head_divergence(
         teacher_bias_V=teacher_bias,
         softcap=student.softcap,
         weights_N=weights_N,
+        top_k=top_k,
     )
 
 

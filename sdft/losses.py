@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from sdft.buckets import bucketed, check_top_k, likeliest
 from sdft.chunked import (
     chunked_cross_entropy,
     chunked_divergence,
@@ -24,6 +25,7 @@ from sdft.topk import TopK, topk_divergence, topk_targets
 
 __all__ = [
     "TopK",
+    "bucket_divergence",
     "check_alpha",
     "chunked_cross_entropy",
     "chunked_divergence",
@@ -75,6 +77,35 @@ def token_divergence(student_logits: Tensor, teacher_logits: Tensor, alpha: floa
         return kl(student_BTV, teacher_BTV)
     mixture_BTV = _log_mixture(student_BTV, teacher_BTV, alpha)
     return alpha * kl(teacher_BTV, mixture_BTV) + (1 - alpha) * kl(student_BTV, mixture_BTV)
+
+
+def bucket_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, k: int, alpha: float = 0.0
+) -> Tensor:
+    """`token_divergence` of coarse distributions: k tokens one by one, all others as one, the tail.
+
+    The k tokens are the teacher's likeliest for forward KL, the student's for reverse KL, and
+    between them those of the sum of both; no gradient goes through the choice. By the
+    data-processing inequality the value is never above the exact one, which it is at k = V.
+
+    Args:
+        student_logits: `[B, T, V]`, any float dtype.
+        teacher_logits: `[B, T, V]`.
+        k: Tokens compared one by one; all of them where `k` is V or more.
+        alpha: As for `token_divergence`.
+
+    Returns:
+        `[B, T]`, nats, fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: `k` below 1, `alpha` outside [0, 1] or shapes that differ.
+    """
+    check_top_k(k)
+    if k >= student_logits.shape[-1] or student_logits.shape != teacher_logits.shape:
+        return token_divergence(student_logits, teacher_logits, alpha)
+    student_BTV, teacher_BTV = log_probs(student_logits), log_probs(teacher_logits)
+    ids_BTK = likeliest(student_BTV.detach(), teacher_BTV.detach(), alpha, k)
+    return token_divergence(bucketed(student_BTV, ids_BTK), bucketed(teacher_BTV, ids_BTK), alpha)
 
 
 def sequence_mean(per_token: Tensor, mask: Tensor) -> Tensor:

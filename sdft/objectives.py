@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdft.buckets import bucket_divergence_
 from sdft.divergence import divergence_, kl, spare_buffers
 from sdft.sweep import ChunkedLogits, Head, Objective, Rows, SweepSettings, Visit
 from sdft.topk import TopK, log_tail, share_out_
@@ -21,11 +22,13 @@ class Divergence(Objective):
         teacher: Its hidden states and head.
         alpha: Which divergence, in [0, 1].
         dtype: Of the teacher's products.
+        top_k: Tokens compared one by one, below V, all others as one; None: all one by one.
     """
 
     teacher: Head
     alpha: float
     dtype: torch.dtype
+    top_k: int | None = None
 
     @property
     def scratch(self) -> int:
@@ -44,6 +47,8 @@ class Divergence(Objective):
         def visit(rows: Rows, student: Tensor, scratch: list[Tensor], masked: bool) -> Tensor:
             other, *spare = scratch
             teacher.log_probs(rows, spare[0], other)
+            if self.top_k is not None:
+                return bucket_divergence_(student, other, self.alpha, self.top_k)
             return divergence_(student, other, self.alpha, spare, masked or teacher.masked)
 
         return visit

@@ -55,11 +55,15 @@ class Rollout:
         ids_BT: Token ids, an end-of-sequence token included where one was drawn.
         mask_BT: True at real tokens.
         truncated_B: True where the length limit ended the completion.
+        logps_BT: Log-probabilities, fp32, of the tokens under the distribution that they were drawn
+            from (temperature, top-p and top-k applied), 0 at padding; None means "drawn from the
+            student as it is".
     """
 
     ids_BT: Tensor
     mask_BT: Tensor
     truncated_B: Tensor
+    logps_BT: Tensor | None = None
 
     @property
     def lengths_B(self) -> Tensor:
@@ -69,7 +73,18 @@ class Rollout:
     def rows(self, rows: Sequence[int]) -> Rollout:
         """The completions of these rows, in this order; none loses a column."""
         chosen = list(rows)
-        return Rollout(self.ids_BT[chosen], self.mask_BT[chosen], self.truncated_B[chosen])
+        logps_BT = None if self.logps_BT is None else self.logps_BT[chosen]
+        return Rollout(
+            self.ids_BT[chosen], self.mask_BT[chosen], self.truncated_B[chosen], logps_BT
+        )
+
+    def trimmed(self) -> Rollout:
+        """As wide as the longest completion."""
+        longest = int(self.lengths_B.max())
+        logps_BT = None if self.logps_BT is None else self.logps_BT[:, :longest]
+        return Rollout(
+            self.ids_BT[:, :longest], self.mask_BT[:, :longest], self.truncated_B, logps_BT
+        )
 
     def completions(self) -> list[list[int]]:
         """The completions without their padding."""

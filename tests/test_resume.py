@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft import ContinualDataModule, Example, StudentModule
 from sdft.callbacks import EMATeacher, Retention
+from sdft.horizon import Horizon
 from sdft.methods import (
     AnchorReplayModule,
     CPTModule,
@@ -63,6 +64,19 @@ CASES: dict[str, dict[str, Any]] = {
         "data": {"reset_optimizer_between_tasks": True},
     },
     "bf16 weights": {"precision": "bf16-true"},
+    "rollouts drawn ahead": {"module": lambda: {"updates_per_generation": 3}},
+    "rollouts drawn ahead, accumulation, replay, dropout and a ramp": {
+        "family": "gpt2",
+        "accumulate_grad_batches": 2,
+        "module": lambda: {
+            "updates_per_generation": 2,
+            "rollouts_per_prompt": 2,
+            "horizon": Horizon(2, 5, 2),
+            "micro_batch_tokens": 40,
+            "divergence_top_k": 4,
+        },
+        "data": {"mixtures": [PastReplay(0.5)]},
+    },
     "dft and replay from a memory": {
         "method": "dft",
         "data": {"mixtures": [PastReplay(0.5, memory=2)]},
@@ -119,7 +133,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
-EVERYWHERE = ("sdft", "one model per task", "everything that is measured")
+EVERYWHERE = ("sdft", "rollouts drawn ahead", "one model per task", "everything that is measured")
 
 METHODS: dict[str, type[StudentModule]] = {
     "sft": SFTModule,
