@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch
-from sdft.head import head
+from sdft.head import Head, head
 from sdft.head_losses import head_divergence, head_entropy
 from sdft.importance import Importance, has_dropout, head_log_probs
 from sdft.losses import sequence_weights
@@ -22,6 +22,28 @@ if TYPE_CHECKING:
     from sdft.module import SDFTModule
 
 Prompts = list[list[int]]
+
+
+class Grader(NamedTuple):
+    """A model that scores some rows of a batch.
+
+    Attributes:
+        model: Gets no gradient.
+        rows: Ascending.
+        prompts: Its own, one for each of these rows.
+    """
+
+    model: PreTrainedModel
+    rows: list[int]
+    prompts: Prompts
+
+
+class _Graded(NamedTuple):
+    """Hidden states of one grader, `[N, D]`, and which of the tokens it scores; None: all."""
+
+    head: Head
+    hidden_ND: Tensor
+    counts_N: Tensor | None
 
 
 class HiddenLoss:
@@ -40,7 +62,7 @@ class HiddenLoss:
     def __init__(self, module: SDFTModule, batch: Batch, completion: Rollout) -> None:
         self.module, self.batch, self.completion = module, batch, completion
         self._hidden_ND: Tensor | None = None
-        self._teacher_ND: Tensor | None = None
+        self._graded: list[_Graded] = []
         self.importance: Importance | None = None
         weights_BT = sequence_weights(module.loss_mask(completion))
         self._weights_N = weights_BT[completion.mask_BT]
@@ -51,10 +73,22 @@ class HiddenLoss:
 
     @torch.no_grad()
     def score(self) -> None:
-        """Compute the teacher's hidden states at the completion tokens."""
-        module, prompts = self.module, self.batch.teacher_ids
-        assert module.teacher is not None
-        self._teacher_ND = hidden_in_parts(module, module.teacher, prompts, self.completion)
+        """Compute the teacher's hidden states at the completion tokens, and those of any other."""
+        self._graded = [self._grade(grader) for grader in self.module.graders(self.batch)]
+
+    def _grade(self, grader: Grader) -> _Graded:
+        model, rows, prompts = grader
+        known, completion = head(model), self.completion
+        assert known is not None
+        if len(rows) == len(self.batch):
+            return _Graded(known, hidden_in_parts(self.module, model, prompts, completion), None)
+        own = completion.rows(rows).trimmed()
+        found_ND = hidden_in_parts(self.module, model, prompts, own)
+        rows_N = completion.mask_BT.nonzero()[:, 0]
+        counts_N = torch.isin(rows_N, rows_N.new_tensor(rows))
+        hidden_ND = found_ND.new_zeros(len(rows_N), found_ND.shape[1])
+        hidden_ND[counts_N] = found_ND
+        return _Graded(known, hidden_ND, counts_N)
 
     def loss(self) -> Tensor:
         """Compare the student with what `score` found, in micro-batches if there is a budget."""
@@ -92,15 +126,22 @@ class HiddenLoss:
         weights_N = self._weights_N[part.places]
         if self._drawn_N is not None:
             weights_N = weights_N * self._weigh(part, batch, completion, student_ND.detach())
-        student, teacher = head(module.model), head(module.teacher)  # type: ignore[arg-type]
+        losses = [self._divergence(part, student_ND, weights_N, graded) for graded in self._graded]
+        return torch.stack(losses).sum()
+
+    def _divergence(
+        self, part: MicroBatch, student_ND: Tensor, weights_N: Tensor, graded: _Graded
+    ) -> Tensor:
+        """Weighted sum over the tokens that one grader scores; the others cost nothing."""
+        module, student = self.module, head(self.module.model)
         assert student is not None
-        assert teacher is not None
-        assert self._teacher_ND is not None
+        if graded.counts_N is not None:
+            weights_N = weights_N * graded.counts_N[part.places]
         return head_divergence(
             student_ND,
             student,
-            self._teacher_ND[part.places],
-            teacher,
+            graded.hidden_ND[part.places],
+            graded.head,
             alpha=module.alpha,
             temperature=module.sampling.temperature,
             weights_N=weights_N,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sdft.batch import Batch
 from sdft.buckets import check_top_k
 from sdft.head import head
-from sdft.hidden_loss import HiddenLoss, hidden_in_parts
+from sdft.hidden_loss import Grader, HiddenLoss, hidden_in_parts
 from sdft.horizon import Horizon, as_horizon
 from sdft.importance import check_cap, head_log_probs, token_log_probs
 from sdft.logits_loss import LogitsLoss, check_weighable
@@ -30,6 +30,7 @@ from sdft.losses import (
 from sdft.micro_step import check_micro_batches
 from sdft.packing import unpack
 from sdft.rollout import Rollout, Sampling, evaluation_mode
+from sdft.states import as_new, heads_known, keeps
 from sdft.student import StudentModule
 from sdft.window import Draw, Stale, Window, check_window, look_ahead, of_all_ranks, on_device
 
@@ -167,12 +168,9 @@ class SDFTModule(StudentModule):
 
         Not where a subclass has logits or a loss of its own, or where a head is of no known form.
         """
-        own = all(
-            getattr(type(self), name) is getattr(SDFTModule, name)
-            for name in ("score", "student_logits", "logits", "loss", "divergence", "track")
-        )
-        assert self.teacher is not None
-        return own and head(self.model) is not None and head(self.teacher) is not None
+        names = ("student_logits", "logits", "loss", "divergence", "track")
+        own = keeps(self, SDFTModule, *names) and as_new(self, "graders", "score")
+        return own and heads_known(self.model, *(getattr(self, name) for name in self.copies))
 
     @property
     def has_own_loss(self) -> bool:
@@ -213,6 +211,11 @@ class SDFTModule(StudentModule):
         """Teacher logits of the completions, given the prompts with demonstration: `[B, T, V]`."""
         assert self.teacher is not None
         return self.logits(self.teacher, batch.teacher_ids, completion)
+
+    def graders(self, batch: Batch) -> list[Grader]:
+        """Who scores which rows, where the loss is taken from hidden states: what `score` does."""
+        assert self.teacher is not None
+        return [Grader(self.teacher, list(range(len(batch))), batch.teacher_ids)]
 
     def student_logits(self, batch: Batch, completion: Rollout) -> Tensor:
         """Student logits of the completions, given the bare prompts: `[B, T, V]`."""

@@ -28,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from sdft import SDFTModule
-from sdft.methods import AnchorReplayModule
 from sdft.micro_step import check_micro_batches, divide, summed
 from sdft.rollout import Rollout
 
@@ -364,12 +363,8 @@ def test_sharded_parameters_and_whole_logits_are_refused() -> None:
         check_micro_batches(SingleDeviceStrategy(), "Mine", False)
 
 
-@pytest.mark.parametrize("kind", [WholeLogits, AnchorReplayModule])
-def test_a_loss_over_whole_logits_is_refused_before_training(
-    fit: Fit, model_dir: Path, kind: type[SDFTModule], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(AnchorReplayModule, "needs_rows", None)
-    module = make_method(kind, model_dir, micro_batch_tokens=30)
+def test_a_loss_over_whole_logits_is_refused_before_training(fit: Fit, model_dir: Path) -> None:
+    module = make_method(WholeLogits, model_dir, micro_batch_tokens=30)
     with pytest.raises(ValueError, match="takes its loss from whole logits"):
         fit(module=module)
 
