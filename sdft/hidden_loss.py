@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from sdft.batch import Batch
 from sdft.head import Head, head
-from sdft.head_losses import head_divergence, head_entropy
+from sdft.head_losses import head_divergence
 from sdft.importance import Importance, has_dropout, head_log_probs
 from sdft.losses import sequence_weights
 from sdft.micro_step import MicroBatch, divide, summed
 from sdft.packable import why_not_packable
 from sdft.rollout import Rollout
+from sdft.states import States, figures
 
 if TYPE_CHECKING:
     from sdft.module import SDFTModule
@@ -108,15 +109,13 @@ class HiddenLoss:
         if not module.logs_this_step or student is None:
             return
         assert hidden_ND is not None
-        mask_BT = self.completion.mask_BT
-        weights_N = sequence_weights(mask_BT)[mask_BT]
-        values = {"train/entropy": (weights_N * head_entropy(hidden_ND, student)).sum()}
-        base = module.base if module.track_base else None
-        if base is not None and (base_head := head(base)) is not None:
-            base_ND = hidden_in_parts(module, base, self.batch.student_ids, self.completion)
-            kl_N = head_divergence(hidden_ND, student, base_ND, base_head, weights_N=weights_N)
-            values["train/kl_base_student"] = kl_N.sum()
+        values = figures(module, self.completion, States(hidden_ND, student), self._of_base)
         module.log_dict(values, batch_size=len(self.batch))
+
+    def _of_base(self, base: PreTrainedModel) -> States:
+        known, prompts = head(base), self.batch.student_ids
+        assert known is not None
+        return States(hidden_in_parts(self.module, base, prompts, self.completion), known)
 
     def _loss(self, part: MicroBatch) -> Tensor:
         module = self.module

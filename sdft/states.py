@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -120,12 +120,31 @@ def track_states(
         student: The student's, detached.
     """
     if module.logs_this_step:
-        mask_BT = completion.mask_BT
-        weights_N = sequence_weights(mask_BT)[mask_BT]
-        values["train/entropy"] = (weights_N * head_entropy(*student)).sum()
-        if module.track_base and heads_known(base := module.base):
-            assert base is not None
-            other = states(module, base, prompts, completion)
-            kl_N = head_divergence(*student, *other, weights_N=weights_N)
-            values["train/kl_base_student"] = kl_N.sum()
+        values |= figures(
+            module, completion, student, lambda base: states(module, base, prompts, completion)
+        )
     module.log_dict(values, batch_size=len(prompts))
+
+
+@torch.no_grad()
+def figures(
+    module: StudentModule,
+    completion: Rollout,
+    student: States,
+    of_base: Callable[[PreTrainedModel], States],
+) -> dict[str, Tensor]:
+    """The student's entropy and, where the base is tracked, its distance to the base.
+
+    Args:
+        module: Tracks the base, or not.
+        completion: B completions.
+        student: The student's hidden states.
+        of_base: Computes the base's.
+    """
+    weights_N = sequence_weights(completion.mask_BT)[completion.mask_BT]
+    values = {"train/entropy": (weights_N * head_entropy(*student)).sum()}
+    base = module.base if module.track_base else None
+    if base is not None and heads_known(base):
+        kl_N = head_divergence(*student, *of_base(base), weights_N=weights_N)
+        values["train/kl_base_student"] = kl_N.sum()
+    return values
