@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from sdft.prompts import PLAIN_CHAT_TEMPLATE
+from sdft.quantization import keep_layout, quantization_config
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,10 @@ class ModelSource:
             log.warning("trust_remote_code is on: %s may run code of its own", name)
 
     def load_model(
-        self, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+        self,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
+        quantization: str | None = None,
     ) -> PreTrainedModel:
         """Load the weights (safetensors or `weights_only`) in evaluation mode.
 
@@ -74,6 +78,10 @@ class ModelSource:
         options = {**self.options, **_unpacked(self.options), "dtype": dtype}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
+        if quantization is not None:
+            if "gguf_file" in options:
+                raise ValueError(f"model.quantization does not work on the GGUF file {self.name!r}")
+            options["quantization_config"] = quantization_config(dtype)
         try:
             if "gguf_file" not in options:
                 AutoConfig.from_pretrained(self.location, **self.options)
@@ -87,6 +95,9 @@ class ModelSource:
                 f"the weights in {self.name!r} are incomplete, they lack: "
                 + ", ".join(sorted(report["missing_keys"])[:5])
             )
+        if quantization is not None:  # its 4 bits are no precision that one could change
+            keep_layout(model)
+            return cast(PreTrainedModel, model.eval())
         # GGUF tensors are dequantised on loading whatever `dtype` says.
         return cast(PreTrainedModel, model.to(dtype).eval())
 

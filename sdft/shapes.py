@@ -52,6 +52,19 @@ class ModelShape:
         norms = 2 * self.hidden
         return self.layers * (attention + mlp + norms) + self.hidden + self.vocab * self.hidden
 
+    def adapter_parameters(self, rank: int) -> int:
+        """Parameters of adapters of that rank on all linear layers but the head."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = 2 * (self.hidden + query) + 2 * (self.hidden + key)
+        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+
+    @property
+    def linear_parameters(self) -> int:
+        """Entries of all linear layers' weights but the head's: what a quantised base packs."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.hidden * (2 * query + 2 * key)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
     @property
     def kv_values(self) -> int:
         """Numbers that the key-value cache holds per token."""

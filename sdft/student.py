@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from sdft.adapter_training import AdapterTraining
 from sdft.batch import Batch, Origin
 from sdft.decode import DecodeEngine
+from sdft.lora import LoRA
 from sdft.losses import sequence_mean, token_divergence, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
 from sdft.penalties import Penalty
@@ -26,7 +28,7 @@ from sdft.seeding import derive_seed, run_seed
 from sdft.weights import (
     check_identity,
     check_training,
-    frozen_copy,
+    convert,
     identity,
     set_weights,
     split_copies,
@@ -58,6 +60,10 @@ class StudentModule(Respondent):
         engine: Makes rollouts; `DecodeEngine` when unset, `GenerateEngine` is the reference.
         track_base: Keep a copy of the base model to log KL(base ‖ student) and how far the weights
             moved; costs one more model in memory.
+        lora: Train low-rank adapters (`rank`, `alpha`, …) in place of all weights; the teacher and
+            the base then share the student's base weights, and checkpoints leave these out.
+        quantization: Keep the base's linear layers in 4 bits (`nf4`, by bitsandbytes); needs
+            `lora`.
         penalty: Holds the weights near where they were (`sdft.penalties`: L2ToStart, EWC); its
             gradient joins the loss's once per optimizer step, before clipping.
 
@@ -96,6 +102,8 @@ class StudentModule(Respondent):
         engine: RolloutEngine | None = None,
         track_base: bool = True,
         penalty: Penalty | None = None,
+        lora: LoRA | None = None,
+        quantization: Literal["nf4"] | None = None,
     ) -> None:
         super().__init__()
         self.greedy = Sampling(max_new_tokens, temperature=0.0)
@@ -110,6 +118,8 @@ class StudentModule(Respondent):
         self.engine: RolloutEngine = engine or DecodeEngine()
         self.track_base = track_base
         self.penalty = penalty
+        self.adapters = AdapterTraining(lora, quantization)
+        self.strict_loading = lora is None  # a checkpoint of adapters leaves out their base
         self.source = ModelSource(model_name, trust_remote_code, revision)
         self.student: PreTrainedModel | None = None
         # Not a submodule: the base is neither trained, sharded nor checkpointed.
@@ -122,7 +132,10 @@ class StudentModule(Respondent):
     def model(self) -> PreTrainedModel:
         """The student, loaded on first use."""
         if self.student is None:
-            student = self.source.load_model(DTYPES[self.dtype_name], self.attn_implementation)
+            student = self.source.load_model(
+                DTYPES[self.dtype_name], self.attn_implementation, self.adapters.quantization
+            )
+            self.adapters.inject(student)
             self.student = cast(PreTrainedModel, student.train())
             if self.gradient_checkpointing:
                 self.student.gradient_checkpointing_enable()
@@ -134,9 +147,9 @@ class StudentModule(Respondent):
         if not self._fitting:
             return
         if self.track_base or self.needs_base or self._restarts:
-            self._base = [frozen_copy(student)]
+            self._base = [self.adapters.base(student)]
         for name in self.copies:
-            setattr(self, name, frozen_copy(student))
+            setattr(self, name, self.adapters.copy(student, name))
         if self.penalty is not None:
             self.penalty.attach(student)
 
@@ -179,9 +192,10 @@ class StudentModule(Respondent):
         """Keep copies and penalty in fp32, as they were saved; check what the penalty needs."""
         # Between loading and here, the precision `bf16-true` has rounded the whole module.
         for name in (*self.copies, *(["penalty"] if self.penalty else [])):
-            kept = getattr(self, name).float()
+            kept = getattr(self, name)
+            convert(kept, torch.float32)
             if name in self._restored:
-                kept.load_state_dict(self._restored.pop(name))
+                kept.load_state_dict(self._restored.pop(name), strict=self.strict_loading)
         if self.penalty is not None:
             self.penalty.check(task_stream(self.trainer))
 
@@ -210,9 +224,13 @@ class StudentModule(Respondent):
 
     def restart(self) -> None:
         """Make the student, and its copies, the base again."""
+        models = (self.model, *(getattr(self, name) for name in self.copies))
         assert self.base is not None
-        for model in (self.model, *(getattr(self, name) for name in self.copies)):
-            set_weights(model, self.base)
+        for model in models:
+            if self.adapters.lora is None:
+                set_weights(model, self.base)
+            else:
+                self.adapters.restart(model)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Add the penalty's gradient, once per optimizer step, before clipping."""
@@ -268,6 +286,7 @@ class StudentModule(Respondent):
         """Record which model and method the checkpoint belongs to."""
         names = {"method": self.method, "model": self.model_name, "penalty": self._penalty_label}
         checkpoint["sdft"] = {**identity(self.model), **names}
+        self.adapters.on_save(checkpoint, ("student", *self.copies))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or method; leave out copies that nobody needs.
@@ -279,6 +298,8 @@ class StudentModule(Respondent):
         found = checkpoint.get("sdft")
         if found is None:
             raise ValueError("the checkpoint was not written by sdft: it names no model")
+        self.model  # noqa: B018 - loads on first use
+        self.adapters.check(found, self.model_name)
         check_identity(self.model, self.model_name, found)
         if self._fitting:
             check_training({"method": self.method, "penalty": self._penalty_label}, found)

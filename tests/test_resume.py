@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sdft import ContinualDataModule, Example, StudentModule
 from sdft.callbacks import EMATeacher, Retention
 from sdft.horizon import Horizon
+from sdft.lora import LoRA
 from sdft.methods import (
     AnchorReplayModule,
     CPTModule,
@@ -126,6 +127,14 @@ CASES: dict[str, dict[str, Any]] = {
         "method": "teacher_samples",
         "accumulate_grad_batches": 2,
         "module": lambda: {"loss": "soft", "samples_per_prompt": 2},
+    },
+    "adapters with dropout": {
+        "module": lambda: {"lora": LoRA(2, 4.0, dropout=0.2), "micro_batch_tokens": 30},
+        "accumulate_grad_batches": 2,
+    },
+    "adapters, one model per task": {
+        "module": lambda: {"lora": LoRA(2, 4.0)},
+        "data": {"from_base_each_task": True},
     },
     "one model per task": {"data": {"from_base_each_task": True}},
     "everything that is measured": {
