@@ -221,7 +221,8 @@ def step_time(shape: ModelShape, work: Workload, keep: Storage, device: Device) 
 
     Decoding: Σ_t max[(2P + B·(Tp+t)·kv)/bandwidth, 2P·B/FLOPs]; prefill 2P·B·Tp, teacher
     2P·B·(Tp+Td+Tc), student 6P·B·(Tp+Tc) FLOPs (8P with recomputation); AdamW ≈ 30·P bytes and the
-    EMA ≈ 14·P bytes of traffic.
+    EMA ≈ 14·P bytes of traffic. Under adapters the weights need no gradient (2P less), and P of the
+    latter two is theirs.
     """
     matrix = shape.matrix_parameters
     batch = work.batch / keep.gpus
@@ -234,11 +235,10 @@ def step_time(shape: ModelShape, work: Workload, keep: Storage, device: Device) 
     prefill = 2 * matrix * batch * work.prompt / rate
     teacher_tokens = batch * (work.prompt + work.demonstration + work.completion)
     student_tokens = batch * (work.prompt + work.completion)
-    passes = 8 if keep.checkpointing else 6
-    traffic = (30 * shape.parameters / keep.gpus) / device.bandwidth
-    average = (
-        (14 * shape.parameters / keep.gpus) / device.bandwidth if keep.teacher != "none" else 0
-    )
+    passes = (8 if keep.checkpointing else 6) - (2 if keep.lora_rank else 0)
+    trained = shape.adapter_parameters(keep.lora_rank) if keep.lora_rank else shape.parameters
+    traffic = (30 * trained / keep.gpus) / device.bandwidth
+    average = (14 * trained / keep.gpus) / device.bandwidth if keep.teacher != "none" else 0
     update = passes * matrix * student_tokens / rate + traffic
     return StepTime(
         generate=decode / device.mbu + prefill,

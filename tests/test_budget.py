@@ -178,6 +178,15 @@ def test_a_base_of_4_bits_is_counted_as_bitsandbytes_keeps_it(tmp_path: Path) ->
     assert lines["base"] == pytest.approx(found, rel=0.01)
 
 
+def test_under_adapters_the_weights_need_no_gradient() -> None:
+    whole, adapted = (
+        step_time(SHAPES["qwen2.5-7b"], Workload(), Storage(lora_rank=rank), Device())
+        for rank in (0, 16)
+    )
+    assert (adapted.generate, adapted.score) == (whole.generate, whole.score)
+    assert adapted.update == pytest.approx(0.75 * whole.update, rel=0.03)
+
+
 def test_4_bits_without_adapters_are_refused() -> None:
     with pytest.raises(ValueError, match="needs a lora_rank"):
         Storage(quantization="nf4")
