@@ -16,12 +16,15 @@ from typing import Any, cast
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import configuration_utils
 
 from sdft.forward import takes_cache
+from sdft.kv_cache import attention_windows
+from sdft.paging import paging
 from sdft.randomness import drawn_seeds, kept_generators
 from sdft.rollout import (
     Rollout,
@@ -33,9 +36,7 @@ from sdft.rollout import (
     unwrapped,
 )
 
-_PAGE = 256  # tokens; what flash attention's paged kernels take
-_MOST_ROWS = 1024  # in a pass, so that their logits stay small
-_SPARE = 1.25  # of the blocks needed: below a fifth of free ones no waiting row is let in
+_WINDOWS_FROM = Version("5.16")  # 5.14 and those before gave other tokens than `generate`
 _MANAGER = "_cached_continuous_batching_manager"
 
 
@@ -80,12 +81,14 @@ class ContinuousBatchingEngine(RolloutEngine):
         """Sample one completion per prompt (see `RolloutEngine`).
 
         Raises:
-            ValueError: A model that has no keys and values, or is sharded.
+            ValueError: A model that has no keys and values, is sharded, or has attention windows
+                that this transformers computes wrongly.
             RuntimeError: What went wrong in the manager's thread.
         """
         model = unwrapped(model)
         _check(model)
         config = generation_config(sampling, eos_ids, pad_id)
+        settings = paging(model, prompts, sampling, self.memory_share, self.max_batch_tokens)
         seed = drawn_seeds(1)[0] if sampling.temperature > 0 else 0
         # Tensors of inference mode would not do in a thread without it.
         with (
@@ -98,41 +101,9 @@ class ContinuousBatchingEngine(RolloutEngine):
             torch.no_grad(),
         ):
             torch.manual_seed(seed)
-            manager = _manager(model, config, self._settings(model, prompts, sampling))
+            manager = _manager(model, config, settings)
             completions = _completions(manager, prompts, sampling)
         return gathered_rollout(completions, sampling, eos_ids, pad_id, model.device)
-
-    def _settings(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling
-    ) -> dict[str, Any]:
-        """What this rollout needs, under the names that versions of transformers give it."""
-        read = sum(map(len, prompts))
-        pages = sum(-(-(len(prompt) + sampling.max_new_tokens) // _PAGE) for prompt in prompts)
-        blocks: int | None = int(pages * _SPARE) + 1
-        if blocks and self._exceeds_memory(model, blocks):
-            blocks = None  # as many as fit
-        return {
-            "num_blocks": blocks,
-            "max_batch_tokens": min(max(read, len(prompts)), self.max_batch_tokens),
-            "max_requests_per_batch": min(len(prompts), _MOST_ROWS),
-            "max_memory_percent": self.memory_share,
-            "max_memory": self.memory_share,
-            "allow_block_sharing": False,
-            "page_size": _PAGE,
-            "block_size": _PAGE,
-            "auto_switch_to_flash": model.dtype in (torch.bfloat16, torch.float16),
-        }
-
-    def _exceeds_memory(self, model: PreTrainedModel, blocks: int) -> bool:
-        if model.device.type != "cuda":
-            return False
-        config = model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        numbers = 2 * config.num_hidden_layers * heads * width * blocks * _PAGE
-        free, _ = torch.cuda.mem_get_info(model.device)
-        return bool(numbers * model.dtype.itemsize > self.memory_share * free)
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -141,6 +112,12 @@ def _check(model: PreTrainedModel) -> None:
         raise ValueError(
             f"ContinuousBatchingEngine decodes models with keys and values, found {name}: leave "
             "model.engine unset"
+        )
+    windows = attention_windows(model.config) or []
+    if any(windows) and Version(transformers.__version__) < _WINDOWS_FROM:
+        raise ValueError(
+            f"continuous batching of transformers {transformers.__version__} computes attention "
+            f"windows wrongly, and {name} has some: it takes {_WINDOWS_FROM} or newer"
         )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
