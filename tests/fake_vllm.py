@@ -89,7 +89,7 @@ class LLM:
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        torch.set_num_threads(3)
+        torch.set_num_threads(torch.get_num_threads() + 1)
         self.model = ServedModel(self.config, getattr(torch, dtype))
         self.mode = logprobs_mode
         self.can_sleep = enable_sleep_mode

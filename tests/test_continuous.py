@@ -65,11 +65,11 @@ def test_a_manager_kept_on_the_model_is_left_alone() -> None:
     """It would bring keys and values from before an update."""
     model = lively("llama")
     kept = model.init_continuous_batching(transformers.GenerationConfig(eos_token_id=-1))
+    kept.start = None  # not to be used
     model._cached_continuous_batching_manager = kept
     found = ENGINE.generate(model, prompts(1), greedy(6), [], 0)
     assert same(found, REFERENCE.generate(model, prompts(1), greedy(6), [], 0))
     assert model._cached_continuous_batching_manager is kept
-    assert kept.batch_processor is None
 
 
 def test_an_error_in_the_thread_arrives_and_leaves_nothing_behind(

@@ -271,6 +271,17 @@ def test_autocast_holds_in_the_rollout(name: str) -> None:
     assert dtypes == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("name", OWN_WEIGHTS)
+def test_an_update_within_the_same_autocast_is_seen(name: str) -> None:
+    model, given, engine = lively("llama").float(), prompts(1), ENGINES[name]()
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        before = engine.generate(model, given, greedy(8), [], 0)
+        write_behind_the_counters(model)
+        after = engine.generate(model, given, greedy(8), [], 0)
+        assert before.completions() != after.completions()
+        assert same(after, REFERENCE.generate(model, given, greedy(8), [], 0))
+
+
 # ---------------------------------------------------------------- the protocol
 
 

@@ -248,10 +248,21 @@ def test_keys_and_values_that_stay_are_an_error(monkeypatch: pytest.MonkeyPatch)
 def test_a_rows_draws_do_not_depend_on_its_company() -> None:
     model, given = sharpen(make_model()), prompts(2, count=6)
     drawn = []
-    for count in (6, 3):
+    for first in ([3, 4], [5, 6, 7], [8], [10, 11]):
         torch.manual_seed(3)
-        drawn.append(exact().generate(model, given[:count], Sampling(8), [1], 0).completions())
-    assert drawn[0][:3] == drawn[1]
+        found = exact().generate(model, [first, *given], Sampling(8), [1, 5, 7, 9, 12], 0)
+        drawn.append(found.completions())
+    assert len({len(completions[0]) for completions in drawn}) > 1
+    assert all(completions[1:] == drawn[0][1:] for completions in drawn)
+
+
+def test_autocast_and_inference_mode_stay_outside() -> None:
+    engine, model = exact(), lively("llama")
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = engine.generate(model, PROMPTS, greedy(8), [], 0)  # the fake would refuse them
+        assert torch.is_inference_mode_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    assert same(found, REFERENCE.generate(model, PROMPTS, greedy(8), [], 0))
 
 
 def test_log_probabilities_are_those_of_the_tokens_and_zero_at_padding() -> None:
