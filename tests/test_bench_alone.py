@@ -9,6 +9,7 @@ from test_bench_models import TINY, material, models
 from test_prepare import load
 
 alone = load("bench_alone")
+serve = load("bench_serve")
 
 
 @pytest.mark.slow
@@ -28,9 +29,8 @@ def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
         alone.run_alone("ours", models.Plan(TINY, str(tmp_path / "nothing")))
 
 
-def test_completions_of_every_step() -> None:
-    plan = models.Plan(TINY, "folder")
-    source = alone._source(plan, [[3, 1], [2, 2]], warmup=2)
-    assert [next(source).lengths_B.tolist() for _ in range(4)] == [[3, 1], [3, 1], [3, 1], [2, 2]]
-    full = alone._source(plan, None, warmup=1)
-    assert [next(full).lengths_B.tolist() for _ in range(3)] == [[3, 3]] * 3
+def test_sft_learns_completions_of_the_lengths_that_the_line_says() -> None:
+    given = serve.Given(models.Plan(TINY, "folder"))
+    assert given().lengths_B.tolist() == [3, 3]
+    given.lengths = [3, 1]
+    assert given().lengths_B.tolist() == [3, 1]

@@ -18,8 +18,14 @@ def lap(seconds: float, **options: Any) -> Any:
 
 def test_a_summary_is_made_of_medians() -> None:
     steps = [
-        lap(3.0, phases={"generate": 2.0, "update": 1.0, "track": 9.0}, completions=[4, 1]),
-        lap(1.0, phases={"generate": 0.5}, completions=[2]),
+        lap(
+            3.0,
+            phases={"generate": 2.0, "update": 1.0, "track": 9.0},
+            completions=[4, 1],
+            held=5,
+            peak=8,
+        ),
+        lap(1.0, phases={"generate": 0.5}, completions=[2], held=6, peak=9),
         lap(2.0, phases={"generate": 1.0, "update": 0.4}, completions=[3, 4]),
     ]
     assert laps.summary(steps) == {
@@ -27,6 +33,8 @@ def test_a_summary_is_made_of_medians() -> None:
         "all_seconds": [3.0, 1.0, 2.0],
         "phases": {"generate": 1.0, "update": 0.4},
         "completion_tokens": 5,
+        "peak_memory_bytes": 9,
+        "held_memory_bytes": 5,
     }
     assert laps.summary([lap(1.0)])["completion_tokens"] is None
 

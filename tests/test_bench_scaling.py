@@ -73,8 +73,11 @@ def test_growing_batch_and_vocabulary_together() -> None:
 
 
 def test_a_point_holds_medians_and_memory() -> None:
-    laps = [laps_of.Lap(seconds, {"generate": seconds / 2}) for seconds in (1.0, 4.0, 2.0)]
-    found = bench.Point.of(setting(), bench.Alone(laps, peak=500, held=200))
+    laps = [
+        laps_of.Lap(seconds, {"generate": seconds / 2}, held=held, peak=peak)
+        for seconds, held, peak in ((1.0, 200, 400), (4.0, 300, 500), (2.0, 250, 350))
+    ]
+    found = bench.Point.of(setting(), bench.Alone(laps))
     assert found.costs == {"step": 2.0, "generate": 1.0, "peak": 500.0, "above": 300.0}
 
 

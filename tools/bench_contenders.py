@@ -1,23 +1,19 @@
 """Contenders of the step benchmark: training loops that make one step when told to.
 
-Each runs its own `Trainer.fit` in a thread and waits before every batch, so that the steps of all
-contenders can be interleaved in one process and nothing of the real loop is left out.
+Each runs its own `Trainer.fit` in a thread and waits before every batch, so that nothing of the
+real loop is left out. To be timed, each runs in a process of its own (`bench_remote`).
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from bench_laps import Lap
-from bench_material import make_texts
+from bench_material import SKIPPED, make_texts
 from bench_models import Plan, make_module
 from lightning.pytorch import Callback, Trainer
 
@@ -191,43 +187,6 @@ def make_contender(
         assert source is not None
         module = make_module(SameTokensSFT, plan, source=source)
     else:
-        options = {"engine": GenerateEngine()} if name == "generate" else {}
-        module = make_module(RecordingSDFT, plan, **options)
+        engine = GenerateEngine() if name == "generate" else None
+        module = make_module(RecordingSDFT, plan, engine=engine, skip_first_tokens=SKIPPED)
     return Contender(module, plan, steps)
-
-
-class TRLContender:
-    """TRL's trainer in another environment, a process that waits for a line before each step.
-
-    Args:
-        python: The interpreter of an environment with TRL.
-        plan: A model in a folder, and sizes.
-        steps: How many steps it will be asked for at most.
-    """
-
-    def __init__(self, python: str, plan: Plan, steps: int) -> None:
-        script = str(Path(__file__).with_name("bench_trl.py"))
-        command = [python, script, plan.model, json.dumps(asdict(plan.setting)), str(steps)]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-        )
-        if self._line() != "ready":
-            raise RuntimeError(f"TRL did not start: run {' '.join(command)} to see why")
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def step(self) -> Lap:
-        """Make one step."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return Lap(float(self._line()))
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)

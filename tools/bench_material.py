@@ -30,6 +30,8 @@ CHAT_TEMPLATE = (
 )
 WORDS = ("<pad>", "<unk>", "user", "assistant", "shown", "now")
 TEMPLATE = "{prompt} shown {demonstration} now"
+SKIPPED = 3
+"""First tokens of each completion that SDFT leaves out of the loss."""
 _ENGLISH = (
     "time year people way day man thing woman life child world school state family student group "
     "country problem hand part place case week company system program question work government "

@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench_alone import Alone, quiet, run_alone
+from bench_alone import Alone, run_alone
 from bench_laps import PHASES, exponent, interaction, medians, summary
 from bench_material import Setting
 from bench_models import Plan, add_arguments, plans, read_setting
+from bench_serve import quiet
 from bench_step import surroundings
 
 AXES = {"batch": "prompts", "completion": "completion tokens", "vocab": "vocabulary"}

@@ -5,13 +5,13 @@
     python tools/bench_step.py --shape qwen2.5-1.5b --prompts 32 128    # on a GPU
     python tools/bench_step.py --model sdft:smollm2 --prompts 32
 
-All contenders make their steps in turn, in one process (TRL in a process of its own that waits for
-its turn), on one model and the same prompts; the table shows medians. SFT is our own, packed and
-with its loss in chunks like SDFT's. Memory is each contender's alone, from a process of its own.
+All contenders make their steps in turn, each in a process of its own, on one model and the same
+prompts; the table shows medians, and the most memory of each process. SFT is our own, packed and
+with its loss in chunks like SDFT's, on completions as long as those that we have just sampled.
 Compare ratios, not seconds.
 
-Where three contenders do not fit the GPU together, they go `--one-by-one`: each in a process of its
-own, one after another, SFT on completions as long as ours.
+Where three contenders do not fit the GPU together, they go `--one-by-one`: one process after
+another.
 On CUDA the table has MBU and MFU, against ceilings measured in the same run.
 """
 
@@ -23,15 +23,16 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
-from bench_alone import Alone, quiet, run_alone
-from bench_contenders import RecordingSDFT, TRLContender, make_contender
+from bench_alone import run_alone
 from bench_laps import PHASES, Lap, ratios, summary
 from bench_material import model_config
 from bench_models import Plan, add_arguments, plans, read_setting
+from bench_remote import start, start_trl
+from bench_serve import quiet
 from bench_utilisation import NOTE, Ceilings, measure_ceilings, utilisation
 
 from sdft.budget import Storage, Workload, memory_lines, peak
@@ -42,34 +43,28 @@ SHARES = {"mbu_generate": "MBU generate", "mfu_score": "MFU score", "mfu_update"
 
 
 def in_turn(plan: Plan, repeats: int, warmup: int, trl_python: str | None) -> dict[str, list[Lap]]:
-    """Interleaved steps of all contenders, in one process."""
+    """Interleaved steps of all contenders."""
     steps = repeats + warmup + 1
-    ours = make_contender("ours", plan, steps)
-    running: dict[str, Any] = {"ours": ours}
-    running["sft"] = make_contender(
-        "sft", plan, steps, lambda: cast(RecordingSDFT, ours.module).completion
-    )
-    running["generate"] = make_contender("generate", plan, steps)
+    running = {name: start(name, plan, steps) for name in OURS}
     if trl_python is not None:
-        running["trl"] = TRLContender(trl_python, plan, steps)
+        running["trl"] = start_trl(trl_python, plan, steps)
     laps: dict[str, list[Lap]] = {name: [] for name in running}
-    for repeat in range(warmup + repeats):
+    for _ in range(warmup + repeats):
         for name, contender in running.items():
-            lap = contender.step()
-            if repeat >= warmup:
-                laps[name].append(lap)
+            lengths = laps["ours"][-1].completions if name == "sft" else None
+            laps[name].append(contender.step(lengths))
     for contender in running.values():
         contender.close()
+    return {name: steps[warmup:] for name, steps in laps.items()}
+
+
+def one_by_one(plan: Plan, repeats: int, warmup: int) -> dict[str, list[Lap]]:
+    """One contender after another; SFT on completions as long as ours."""
+    laps = {"ours": run_alone("ours", plan, repeats, warmup).laps}
+    lengths = [lap.completions for lap in laps["ours"]]
+    laps["sft"] = run_alone("sft", plan, repeats, warmup, lengths).laps
+    laps["generate"] = run_alone("generate", plan, repeats, warmup).laps
     return laps
-
-
-def one_by_one(plan: Plan, repeats: int, warmup: int) -> dict[str, Alone]:
-    """Each contender in a process of its own; SFT on completions as long as ours."""
-    alone = {"ours": run_alone("ours", plan, repeats, warmup)}
-    lengths = [lap.completions for lap in alone["ours"].laps]
-    alone["sft"] = run_alone("sft", plan, repeats, warmup, lengths)
-    alone["generate"] = run_alone("generate", plan, repeats, warmup)
-    return alone
 
 
 def measure(plan: Plan, given: argparse.Namespace, ceilings: Ceilings | None) -> dict[str, Any]:
@@ -78,18 +73,13 @@ def measure(plan: Plan, given: argparse.Namespace, ceilings: Ceilings | None) ->
     shape = shape_of(plan, given.model)
     alternate = given.trl_python is not None or not crowded(plan, shape, gpu_memory())
     if not alternate if given.one_by_one is None else given.one_by_one:
-        alone = one_by_one(plan, repeats, given.warmup)
-        laps = {name: found.laps for name, found in alone.items()}
+        laps = one_by_one(plan, repeats, given.warmup)
     else:
         laps = in_turn(plan, repeats, given.warmup, given.trl_python)
-        alone = {name: run_alone(name, plan, 2) for name in OURS}
     results = {name: summary(steps) for name, steps in laps.items()}
-    for name, result in results.items():
-        if name in alone:
-            result["peak_memory_bytes"] = alone[name].peak
-            result["held_memory_bytes"] = alone[name].held
-        if ceilings is not None and name in OURS:
-            result |= asdict(utilisation(laps[name], shape, ceilings))
+    if ceilings is not None:
+        for name in OURS:
+            results[name] |= asdict(utilisation(laps[name], shape, ceilings))
     return {"plan": asdict(plan), "results": results, "ratios": ratios(results)}
 
 
