@@ -213,10 +213,8 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(
-            f"sdft: error: {redacted_text(clear_message(str(error)))}\n(set {TRACEBACK}=1 for the traceback)",
-            file=sys.stderr,
-        )
+        told = redacted_text(clear_message(str(error)))
+        print(f"sdft: error: {told}\n(set {TRACEBACK}=1 for the traceback)", file=sys.stderr)
         return 2
     return 0
 

@@ -31,11 +31,12 @@ _FORMS = re.compile(
     r"|(?<=\bBearer )[A-Za-z0-9._~+/=-]{8,}"
 )
 _HOLE = re.compile(rf"^{re.escape(HIDDEN)}$|://{re.escape(HIDDEN)}@|={re.escape(HIDDEN)}")
-_URL_LOGIN = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+_URL_LOGIN = re.compile(r"(?<=://)(?:[^/\s@'\":]*:[^/\s@'\"]+|[\w.-]{16,})(?=@)")
 _URL_QUERY = re.compile(
     r"(?<=[?&])((?:access_|auth_|api_?)?(?:token|key|secret|password|signature|sig))=[^&\s'\"]+",
     re.IGNORECASE,
 )
+_QUOTED = re.compile(r"""(['"])(?P<key>[\w-]+)\1:\s*(?P<value>'[^']*'|"[^"]*")""")
 
 
 def redacted(value: Any, key: str = "") -> Any:
@@ -59,7 +60,14 @@ def redacted(value: Any, key: str = "") -> Any:
 def redacted_text(text: str) -> str:
     """A text without what has the form of a secret."""
     text = _URL_LOGIN.sub(HIDDEN, _FORMS.sub(HIDDEN, text))
-    return _URL_QUERY.sub(rf"\1={HIDDEN}", text)
+    return _QUOTED.sub(_hide_quoted, _URL_QUERY.sub(rf"\1={HIDDEN}", text))
+
+
+def _hide_quoted(found: re.Match[str]) -> str:
+    """`'key': 'value'` within a text: JSON, or how Python shows a mapping."""
+    key, value = found["key"], found["value"]
+    secret = len(value) > 2 and (_names_secret(key) or _is_token(key, value[1:-1]))
+    return found[0].removesuffix(value) + f"{value[0]}{HIDDEN}{value[0]}" if secret else found[0]
 
 
 def redacted_yaml(text: str) -> str:
