@@ -15,14 +15,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
 
 INDEX = ".metadata"
 FACTS = "meta.pt"
@@ -110,7 +110,7 @@ def read_tensors(folder: Path, root: str) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")  # one process: meant
         state = cast(dict[str, Any], tensors)
-        dcp.load(state, storage_reader=SafeShardReader(folder), no_dist=True)
+        load(state, storage_reader=SafeShardReader(folder), no_dist=True)
     return {name.removeprefix(root): tensor for name, tensor in tensors.items()}
 
 

@@ -56,7 +56,8 @@ def assemble(
         raise ValueError(f"the weights do not fit the model {source.name!r}: {reason}") from error
     _check_values(model, weights)
     model.generation_config = _generation_config(source, config)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def widest(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -103,7 +104,7 @@ def _generation_config(source: ModelSource, config: PretrainedConfig) -> Generat
         found = GenerationConfig.from_pretrained(source.location, **revision)
     except OSError:  # older models keep these settings in their configuration
         found = GenerationConfig.from_model_config(config)
-    return cast(GenerationConfig, found)
+    return found
 
 
 @torch.no_grad()
