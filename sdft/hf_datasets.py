@@ -83,6 +83,7 @@ class DatasetSource:
     def _load(self, split: str | None = None) -> Any:
         import datasets  # takes a second to import: only when a dataset is read
 
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # would call home, for local files too
         try:
             if _is_saved(self.path):
                 return datasets.load_from_disk(self.path)

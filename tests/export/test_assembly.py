@@ -1,4 +1,4 @@
-"""From weights to a model: refused where the result would be another model than the checkpoint's."""
+"""From weights to a model: refused where it would not be the checkpoint's."""
 
 from __future__ import annotations
 
