@@ -20,7 +20,7 @@ from sdft.hub import load_failure
 from sdft.models import ModelSource
 from sdft.weights import check_identity
 
-_ADAPTERS = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|adapter_\w+)\.")
+_ADAPTERS = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|up_OR|down_RI)(\.|$)")
 _QUANTISED = re.compile(r"\.(absmax|quant_map|quant_state(\.\w+)*|nested_\w+|qweight|SCB)$")
 
 

@@ -58,6 +58,7 @@ def test_weights_that_do_not_fit(
     [
         "model.layers.0.self_attn.q_proj.lora_A.default.weight",
         "model.layers.0.self_attn.q_proj.base_layer.weight",
+        "model.layers.0.self_attn.q_proj.up_OR",
     ],
 )
 @pytest.mark.parametrize("merge", [True, False])
