@@ -311,7 +311,8 @@ class ContinualDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The sequence that a checkpoint belongs to."""
-        return {"tasks": [task.name for task in self.tasks]}
+        names = {"tasks": [task.name for task in self.tasks]}
+        return {**names, "suites": [suite.name for suite in self.suites]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint of another sequence.

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sdft.hub import load_failure
 from sdft.prompts import PLAIN_CHAT_TEMPLATE
 from sdft.quantization import keep_layout, quantization_config
 
@@ -89,7 +90,8 @@ class ModelSource:
             load = cast(Any, AutoModelForCausalLM.from_pretrained)
             model, report = load(self.location, output_loading_info=True, **options)
         except _LOAD_ERRORS as error:
-            raise ValueError(f"cannot load a causal LM from {self.name!r}: {error}") from error
+            reason = load_failure(error)
+            raise ValueError(f"cannot load a causal LM from {self.name!r}: {reason}") from error
         if report["missing_keys"]:  # transformers would begin them at random
             raise ValueError(
                 f"the weights in {self.name!r} are incomplete, they lack: "
@@ -113,8 +115,8 @@ class ModelSource:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"cannot load a tokenizer from {self.name!r}: {error}. A model folder needs its "
-                "tokenizer files (tokenizer.json, tokenizer_config.json)"
+                f"cannot load a tokenizer from {self.name!r}: {load_failure(error)}. A model "
+                "folder needs its tokenizer files (tokenizer.json, tokenizer_config.json)"
             ) from error
         return _complete(tokenizer, self.name)
 

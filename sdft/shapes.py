@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from sdft.hub import load_failure
 from sdft.models import ModelSource
 
 
@@ -148,6 +149,7 @@ def find_shape(name: str) -> ModelShape:
         config = AutoConfig.from_pretrained(source.location, **source.options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model {name!r}: no configuration there ({error}); known shapes: {', '.join(SHAPES)}"
+            f"model {name!r}: no configuration there ({load_failure(error)}); known shapes: "
+            + ", ".join(SHAPES)
         ) from error
     return ModelShape.from_config(config)
