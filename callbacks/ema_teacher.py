@@ -11,9 +11,11 @@ from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from sdft.callbacks.after_step import AfterStep
+from sdft.ranks import rank
 from sdft.rounding import stochastic_round
 from sdft.run import is_logged
 from sdft.seeding import derive_seed, run_seed
+from sdft.sharding import is_sharded, local
 from sdft.student import StudentModule
 from sdft.weights import squared_distance
 
@@ -100,11 +102,13 @@ def update_average(
         rate: In [0, 1]; 1 makes an fp32 teacher equal to the student, exactly.
         seed: Of the stochastic rounding of bf16 parameters.
     """
-    averages: list[Tensor] = list(teacher.parameters())
-    values = [parameter.detach() for parameter in student.parameters()]
+    averages: list[Tensor] = [local(parameter) for parameter in teacher.parameters()]
+    values = [local(parameter.detach()) for parameter in student.parameters()]
     if averages[0].dtype == torch.float32:
         torch._foreach_lerp_(averages, [value.float() for value in values], rate)
     else:
+        if is_sharded(teacher):  # each shard has noise of its own
+            seed = derive_seed(seed, rank())
         generator = Generator(averages[0].device).manual_seed(seed)
         for average, value in zip(averages, values, strict=True):
             exact = average.float().lerp_(value.float(), rate)

@@ -7,6 +7,7 @@ import shutil
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sdft.run import is_dry, run_folder
+from sdft.sharding import whole_state
 from sdft.student import StudentModule
 
 
@@ -24,11 +25,14 @@ class ModelExport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save student and tokenizer."""
-        if not self.enabled or not trainer.is_global_zero or is_dry(trainer):
+        if not self.enabled or is_dry(trainer):
             return
         assert isinstance(pl_module, StudentModule)
+        weights_of_all = whole_state(pl_module.model)  # every process brings its shards
+        if not trainer.is_global_zero:
+            return
         folder = run_folder(trainer) / "model"
-        pl_module.model.save_pretrained(folder)
+        pl_module.model.save_pretrained(folder, state_dict=weights_of_all)
         pl_module.tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):  # written for the owner alone
             shutil.copymode(folder / "config.json", weights)

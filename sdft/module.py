@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch
-from sdft.head import head
+from sdft.head import gathered_head, head
 from sdft.head_losses import head_divergence, head_entropy
 from sdft.losses import check_alpha, sequence_mean, sequence_weights, token_divergence
+from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout, Sampling
+from sdft.sharding import forwarded
 from sdft.student import StudentModule
 
 
@@ -91,10 +93,15 @@ class SDFTModule(StudentModule):
         completion = self.rollout(batch)
         compare = self._compare_hidden if self.compares_hidden else self._compare_logits
         loss, tracked = compare(batch, completion)
+        sequences = self._counting(batch, completion).any(-1).sum()
         self.phases.enter("track")
-        self._log_step(batch, completion, loss, tracked)
+        self._log_step(batch, completion, loss, sequences, tracked)
         self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        return part_of_mean(loss, sequences)
+
+    def _counting(self, batch: Batch, completion: Rollout) -> Tensor:
+        """The loss's mask, `[B, T]`, without rows that only keep this process in step."""
+        return batch.counted(self.loss_mask(completion))
 
     @property
     def compares_hidden(self) -> bool:
@@ -117,9 +124,11 @@ class SDFTModule(StudentModule):
         teacher_logits_BTV = self.score(batch, completion)
         self.phases.enter("update")
         student_logits_BTV = self.student_logits(batch, completion)
-        loss = self.loss(student_logits_BTV, teacher_logits_BTV, self.loss_mask(completion))
+        loss = self.loss(student_logits_BTV, teacher_logits_BTV, self._counting(batch, completion))
         logits_BTV = student_logits_BTV.detach()
-        return loss, lambda: self.track({}, batch.student_ids, completion, logits_BTV)
+        return loss, lambda: self.track(
+            {}, batch.student_ids, completion, logits_BTV, batch.count
+        )
 
     def _compare_hidden(
         self, batch: Batch, completion: Rollout
@@ -129,26 +138,30 @@ class SDFTModule(StudentModule):
         self.phases.enter("score")
         with torch.no_grad():
             teacher_ND = self.hidden(self.teacher, batch.teacher_ids, completion)
-        self.phases.enter("update")
-        student_ND = self.hidden(self.model, batch.student_ids, completion)
-        student, teacher = head(self.model), head(self.teacher)
-        assert student is not None
+        teacher = gathered_head(self.teacher, teacher_ND.dtype)
         assert teacher is not None
-        divergence_N = head_divergence(
-            student_ND,
-            student,
-            teacher_ND,
-            teacher,
-            alpha=self.alpha,
-            temperature=self.sampling.temperature,
-            weights_N=sequence_weights(self.loss_mask(completion))[completion.mask_BT],
-        )
-        hidden_ND = student_ND.detach()
-        return divergence_N.sum(), lambda: self._track_hidden(batch, completion, hidden_ND)
+        self.phases.enter("update")
+
+        def compare() -> tuple[Tensor, Tensor]:
+            student_ND, student = self.hidden(self.model, batch.student_ids, completion), head(self.model)
+            assert student is not None
+            divergence_N = head_divergence(
+                student_ND,
+                student,
+                teacher_ND,
+                teacher,
+                alpha=self.alpha,
+                temperature=self.sampling.temperature,
+                weights_N=sequence_weights(self._counting(batch, completion))[completion.mask_BT],
+            )
+            return divergence_N.sum(), student_ND.detach()
+
+        loss, hidden_ND = forwarded(self.model, compare)
+        return loss, lambda: self._track_hidden(batch, completion, hidden_ND)
 
     def rollout(self, batch: Batch) -> Rollout:
         """Sample a completion of every student prompt, without the demonstration."""
-        return self.sample(self.model, batch.student_ids, self.sampling)
+        return self.sample(self.model, batch.student_ids, self.sampling, self.draws(batch))
 
     @torch.no_grad()
     def score(self, batch: Batch, completion: Rollout) -> Tensor:
@@ -188,27 +201,35 @@ class SDFTModule(StudentModule):
     # ---------------------------------------------------------------- logging
 
     def _log_step(
-        self, batch: Batch, completion: Rollout, loss: Tensor, track: Callable[[], None]
+        self,
+        batch: Batch,
+        completion: Rollout,
+        loss: Tensor,
+        sequences: Tensor,
+        track: Callable[[], None],
     ) -> None:
+        self.log_means({"train/divergence": loss.detach()}, sequences)
         values = {
-            "train/divergence": loss.detach(),
             "train/completion_length": completion.lengths_B.float().mean(),
             "train/truncated": completion.truncated_B.float().mean(),
         }
-        self.log_dict(values, batch_size=len(batch))
+        self.log_means(values, batch.count)
         self.log("divergence", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))
         track()
 
     @torch.no_grad()
     def _track_hidden(self, batch: Batch, completion: Rollout, hidden_ND: Tensor) -> None:
         """`track` from hidden states."""
-        student = head(self.model)
-        if not self.logs_this_step or student is None:
+        if not self.logs_this_step:
             return
+        student = gathered_head(self.model, hidden_ND.dtype)
+        assert student is not None
         weights_N = sequence_weights(completion.mask_BT)[completion.mask_BT]
         values = {"train/entropy": (weights_N * head_entropy(hidden_ND, student)).sum()}
-        if self.base is not None and self.track_base and (base := head(self.base)) is not None:
+        if self.base is not None and self.track_base and head(self.base) is not None:
             base_ND = self.hidden(self.base, batch.student_ids, completion)
+            base = gathered_head(self.base, base_ND.dtype)
+            assert base is not None
             kl_N = head_divergence(hidden_ND, student, base_ND, base, weights_N=weights_N)
             values["train/kl_base_student"] = kl_N.sum()
-        self.log_dict(values, batch_size=len(batch))
+        self.log_means(values, batch.count)

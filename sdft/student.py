@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -14,15 +15,18 @@ from transformers import PreTrainedModel
 
 from sdft.batch import Batch, Origin
 from sdft.decode import DecodeEngine
+from sdft.draws import Draws
 from sdft.losses import sequence_mean, token_divergence, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
 from sdft.penalties import Penalty
 from sdft.prompts import Sees, TeacherTemplate
+from sdft.ranks import Scalar, means, ranks
 from sdft.respondent import Respondent
 from sdft.rollout import Rollout, RolloutEngine, Sampling
-from sdft.run import is_logged, task_stream
+from sdft.run import is_logged, run_folder, task_stream
 from sdft.schedule import StageSchedule
 from sdft.seeding import derive_seed, run_seed
+from sdft.sharding import check_sharding, is_sharded, shard
 from sdft.weights import (
     check_identity,
     check_training,
@@ -115,6 +119,7 @@ class StudentModule(Respondent):
         # Not a submodule: the base is neither trained, sharded nor checkpointed.
         self._base: list[PreTrainedModel] = []
         self._restored: dict[str, dict[str, Tensor]] = {}
+        self._rollout_seed = 0
 
     # ---------------------------------------------------------------- models and prompts
 
@@ -158,6 +163,16 @@ class StudentModule(Respondent):
     def configure_model(self) -> None:
         """Load the student; Lightning calls this once per entry point."""
         self.model  # noqa: B018 - loads on first use
+        if ranks() > 1:
+            run_folder(self.trainer)
+        mesh = self.device_mesh
+        if mesh is not None and not is_sharded(self.model):
+            check_sharding(mesh, str(self.trainer.precision))
+            copies = (getattr(self, name) for name in self.copies if self._fitting)
+            for model in (self.model, *copies, *self._base):
+                shard(model, mesh["data_parallel"], str(self.trainer.precision))
+            if self.penalty is not None and self._fitting:
+                self.penalty.attach(self.model)  # anew, sharded as the student is
 
     # ---------------------------------------------------------------- training
 
@@ -189,6 +204,7 @@ class StudentModule(Respondent):
         """Seed this batch; begin a stage with its first one."""
         # A function of the place in the run, so that a resumed run draws the same rollouts.
         place = (run_seed(), self.trainer.current_epoch, batch_idx, self.global_rank)
+        self._rollout_seed = derive_seed(*place[:3], 0)
         torch.manual_seed(derive_seed(*place))
         self.phases.lap()
         if batch_idx == 0:
@@ -236,14 +252,16 @@ class StudentModule(Respondent):
         prompts: list[list[int]],
         completion: Rollout,
         student_logits_BTV: Tensor,
+        count: int | None = None,
     ) -> None:
         """Log a step's values; now and then the student's entropy and its distance to the base.
 
         Args:
-            values: Named scalars.
+            values: Named scalars: means over the rows.
             prompts: B prompts, unpadded.
             completion: The B completions that were trained on.
             student_logits_BTV: The student's, detached.
+            count: Rows that count, where processes have dealt a batch; all of them when None.
         """
         if self.logs_this_step:
             entropy_BT = token_entropy(student_logits_BTV)
@@ -251,7 +269,24 @@ class StudentModule(Respondent):
             if self.base is not None and self.track_base:
                 kl = self.kl_to_base(prompts, completion, student_logits_BTV)
                 values["train/kl_base_student"] = kl
-        self.log_dict(values, batch_size=len(prompts))
+        self.log_means(values, len(prompts) if count is None else count)
+
+    def log_means(self, values: Mapping[str, Scalar], count: Tensor | int, **options: Any) -> None:
+        """Log means over the things of all processes; a collective call.
+
+        Args:
+            values: Named means over this process's things.
+            count: How many things: rows, or sequences.
+            options: See `LightningModule.log_dict`.
+        """
+        found = means(values, count, torch.empty(0, device=self.device))
+        self.log_dict(found, batch_size=max(int(count), 1), **options)
+
+    def draws(self, batch: Batch) -> Draws | None:
+        """Random numbers for a rollout of the batch, whichever of its rows this process has."""
+        if batch.share is None:
+            return None
+        return Draws(batch.share.places, batch.share.total, self._rollout_seed)
 
     def kl_to_base(
         self, prompts: list[list[int]], completion: Rollout, student_logits_BTV: Tensor
@@ -276,13 +311,18 @@ class StudentModule(Respondent):
             ValueError: Not a checkpoint of this project, of another architecture or size, or, when
                 training goes on, of another method or penalty.
         """
+        self.check_checkpoint(checkpoint)
+        if "state_dict" in checkpoint:  # a sharded model has taken its weights already
+            self._restored = split_copies(checkpoint["state_dict"], self.state_dict().keys())
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or method (see `on_load_checkpoint`)."""
         found = checkpoint.get("sdft")
         if found is None:
             raise ValueError("the checkpoint was not written by sdft: it names no model")
         check_identity(self.model, self.model_name, found)
         if self._fitting:
             check_training({"method": self.method, "penalty": self._penalty_label}, found)
-        self._restored = split_copies(checkpoint["state_dict"], self.state_dict().keys())
 
     @property
     def _penalty_label(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from sdft.batch import Batch, Origin
 from sdft.losses import check_alpha, sequence_mean, token_divergence
 from sdft.methods.sft import SFTModule
+from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout, Sampling
 
 
@@ -59,26 +61,30 @@ class ReinvokeModule(SFTModule):
         supervised, general = batch.of("new", "past"), batch.of("general")
         losses = []
         if len(supervised):
-            losses.append(len(supervised) * super().training_step(supervised, batch_idx))
+            losses.append(supervised.total * super().training_step(supervised, batch_idx))
         if len(general):
-            losses.append(len(general) * self.reinvoke(general))
-        return torch.stack(losses).sum() / len(batch)
+            losses.append(general.total * self.reinvoke(general))
+        return torch.stack(losses).sum() / batch.total
 
     def reinvoke(self, batch: Batch) -> Tensor:
         """Mean divergence from the base on the student's own answers to bare prompts; logged."""
         assert self.base is not None
         self.phases.enter("generate")
-        completion = self.sample(self.model, batch.student_ids, self.sampling)
+        completion = self.sample(
+            self.model, batch.student_ids, self.sampling, self.draws(batch)
+        )
         self.phases.enter("score")
         with torch.no_grad():
             base_BTV = self.logits(self.base, batch.student_ids, completion)
         self.phases.enter("update")
         student_BTV = self.logits(self.model, batch.student_ids, completion)
-        loss = self.divergence(student_BTV, base_BTV, completion)
+        counted = replace(completion, mask_BT=batch.counted(completion.mask_BT))
+        loss = self.divergence(student_BTV, base_BTV, counted)
+        sequences = counted.mask_BT[:, self.skip_first_tokens :].any(-1).sum()
         self.phases.enter("track")
-        self._log_answers(completion, loss.detach())
+        self._log_answers(completion, loss.detach(), sequences, batch.count)
         self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        return part_of_mean(loss, sequences)
 
     def divergence(
         self, student_logits_BTV: Tensor, base_logits_BTV: Tensor, completion: Rollout
@@ -92,11 +98,13 @@ class ReinvokeModule(SFTModule):
         skip = self.skip_first_tokens
         return sequence_mean(per_token_BT[:, skip:], completion.mask_BT[:, skip:])
 
-    def _log_answers(self, completion: Rollout, loss: Tensor) -> None:
+    def _log_answers(
+        self, completion: Rollout, loss: Tensor, sequences: Tensor, rows: int
+    ) -> None:
+        self.log_means({"reinvoke/divergence": loss}, sequences)
         values = {
-            "reinvoke/divergence": loss,
             "reinvoke/completion_length": completion.lengths_B.float().mean(),
             "reinvoke/truncated": completion.truncated_B.float().mean(),
         }
-        self.log_dict(values, batch_size=len(completion.ids_BT))
+        self.log_means(values, rows)
         self.log("divergence", loss, prog_bar=True, logger=False, batch_size=len(completion.ids_BT))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdft.batch import Batch, pad
 from sdft.losses import sequence_mean, token_cross_entropy
+from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout
 from sdft.student import StudentModule
 
@@ -32,11 +33,12 @@ class SFTModule(StudentModule):
         """Mean loss of the batch's targets; logged."""
         target = self.targets(batch)
         logits_BTV = self.logits(self.model, batch.student_ids, target)
-        loss = sequence_mean(self.token_loss(logits_BTV, target.ids_BT), target.mask_BT)
+        mask_BT = batch.counted(target.mask_BT)
+        loss = sequence_mean(self.token_loss(logits_BTV, target.ids_BT), mask_BT)
         self.phases.enter("track")
         self._log_step(batch, target, loss, logits_BTV.detach())
         self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        return part_of_mean(loss, mask_BT.any(-1).sum())
 
     def token_loss(self, logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
         """The loss of each target token, `[B, T]`: its negative log-likelihood."""
@@ -58,5 +60,5 @@ class SFTModule(StudentModule):
             "train/loss": loss.detach(),
             "train/completion_length": target.lengths_B.float().mean(),
         }
-        self.track(values, batch.student_ids, target, logits_BTV)
+        self.track(values, batch.student_ids, target, logits_BTV, batch.count)
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))

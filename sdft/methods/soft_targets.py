@@ -20,6 +20,7 @@ from sdft.encoded import Encoded
 from sdft.generated import ANSWERS, Request, read_answers
 from sdft.losses import sequence_mean, token_divergence, zero_loss
 from sdft.methods.offline import OfflineModule
+from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
 from sdft.stores import Store
@@ -185,9 +186,10 @@ class SoftTargetModule(OfflineModule):
         completion = self.completions(places)
         logits_BTV = self.logits(self.model, rows.student_ids, completion)
         per_token_BT = self._divergence(rows, places, completion, logits_BTV)
-        loss = sequence_mean(per_token_BT, completion.mask_BT)
-        self.log("train/distillation", loss.detach(), batch_size=len(batch))
-        return loss
+        mask_BT = rows.counted(completion.mask_BT)
+        loss = sequence_mean(per_token_BT, mask_BT)
+        self.log_means({"train/distillation": loss.detach()}, rows.count)
+        return part_of_mean(loss, mask_BT.any(-1).sum())
 
     def _divergence(
         self, batch: Batch, places: list[int], completion: Rollout, logits_BTV: Tensor

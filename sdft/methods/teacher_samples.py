@@ -7,17 +7,19 @@ answers itself and once: what on-policy learning is measured against (arXiv 2601
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sdft.batch import Batch
+from sdft.batch import Batch, pad
 from sdft.checks import AnyCheck
 from sdft.encoded import Encoded
 from sdft.generated import Request
 from sdft.losses import sequence_mean, token_divergence, zero_loss
 from sdft.methods.offline import OfflineModule
+from sdft.ranks import part_of_mean, ranks
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
 
@@ -90,17 +92,28 @@ class TeacherSampleModule(OfflineModule):
         self.phases.enter("update")
         rows, places = self.answered(batch, batch.teacher_ids, batch_idx)
         without = 1 - len(rows) / len(batch)
-        self.log("train/without_sample", without, batch_size=len(batch))
-        if not places:
+        self.log_means({"train/without_sample": without}, batch.count)
+        if not places and ranks() == 1:
             return zero_loss(self.model.parameters())
         completion = self.completions(places)
+        if not places:  # other processes may have some, and none passes through the model alone
+            rows, completion = self._nothing(batch)
         logits_BTV = self.logits(self.model, rows.student_ids, completion)
         per_token_BT = self._per_token(rows, completion, logits_BTV)
-        loss = sequence_mean(per_token_BT, completion.mask_BT)
+        mask_BT = rows.counted(completion.mask_BT)
+        loss = sequence_mean(per_token_BT, mask_BT)
         self.phases.enter("track")
         self._log_step(rows, completion, loss, logits_BTV.detach())
         self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        return part_of_mean(loss, mask_BT.any(-1).sum())
+
+    def _nothing(self, batch: Batch) -> tuple[Batch, Rollout]:
+        """A row and a completion of one token that do not count."""
+        row = batch.rows([0])
+        assert row.share is not None
+        row.share = replace(row.share, real=(False,))
+        ids_BT, mask_BT = pad([[self.pad_id]], self.pad_id, "right", self.device)
+        return row, Rollout(ids_BT, mask_BT, torch.zeros(1, dtype=torch.bool))
 
     def _per_token(self, batch: Batch, completion: Rollout, logits_BTV: Tensor) -> Tensor:
         if self.loss_kind == "hard":
