@@ -81,6 +81,11 @@ class Batch:
         """Rows that count."""
         return sum(self.real)
 
+    def mean(self, values_B: Tensor) -> Tensor:
+        """The mean over the rows that count; NaN where none does."""
+        chosen_B = values_B if all(self.real) else values_B[torch.tensor(self.real)]
+        return chosen_B.float().mean()
+
     @property
     def total(self) -> int:
         """Rows of the whole batch."""

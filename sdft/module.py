@@ -127,7 +127,7 @@ class SDFTModule(StudentModule):
         loss = self.loss(student_logits_BTV, teacher_logits_BTV, self._counting(batch, completion))
         logits_BTV = student_logits_BTV.detach()
         return loss, lambda: self.track(
-            {}, batch.student_ids, completion, logits_BTV, batch.count
+            {}, batch.student_ids, completion, logits_BTV, batch.real
         )
 
     def _compare_hidden(
@@ -210,8 +210,8 @@ class SDFTModule(StudentModule):
     ) -> None:
         self.log_means({"train/divergence": loss.detach()}, sequences)
         values = {
-            "train/completion_length": completion.lengths_B.float().mean(),
-            "train/truncated": completion.truncated_B.float().mean(),
+            "train/completion_length": batch.mean(completion.lengths_B),
+            "train/truncated": batch.mean(completion.truncated_B),
         }
         self.log_means(values, batch.count)
         self.log("divergence", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))
@@ -224,7 +224,7 @@ class SDFTModule(StudentModule):
             return
         student = gathered_head(self.model, hidden_ND.dtype)
         assert student is not None
-        weights_N = sequence_weights(completion.mask_BT)[completion.mask_BT]
+        weights_N = sequence_weights(batch.counted(completion.mask_BT))[completion.mask_BT]
         values = {"train/entropy": (weights_N * head_entropy(hidden_ND, student)).sum()}
         if self.base is not None and self.track_base and head(self.base) is not None:
             base_ND = self.hidden(self.base, batch.student_ids, completion)

@@ -93,7 +93,8 @@ class Quadratic(Penalty):
         terms = []
         for name, parameter in trained_parameters(student).items():
             moved = local(parameter).float() - local(self.centre[name])
-            pull = self.strength * self.weight(name) * moved
+            weight = self.weight(name)
+            pull = self.strength * (local(weight) if isinstance(weight, Tensor) else weight) * moved
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             local(parameter.grad).add_(pull)

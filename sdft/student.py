@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -252,7 +252,7 @@ class StudentModule(Respondent):
         prompts: list[list[int]],
         completion: Rollout,
         student_logits_BTV: Tensor,
-        count: int | None = None,
+        real: Sequence[bool] | None = None,
     ) -> None:
         """Log a step's values; now and then the student's entropy and its distance to the base.
 
@@ -261,15 +261,17 @@ class StudentModule(Respondent):
             prompts: B prompts, unpadded.
             completion: The B completions that were trained on.
             student_logits_BTV: The student's, detached.
-            count: Rows that count, where processes have dealt a batch; all of them when None.
+            real: Whether each row counts (see `Batch.real`); all do when None.
         """
+        counts_B = torch.tensor(real or [True] * len(prompts), device=student_logits_BTV.device)
+        mask_BT = completion.mask_BT & counts_B[:, None]
         if self.logs_this_step:
             entropy_BT = token_entropy(student_logits_BTV)
-            values["train/entropy"] = sequence_mean(entropy_BT, completion.mask_BT)
+            values["train/entropy"] = sequence_mean(entropy_BT, mask_BT)
             if self.base is not None and self.track_base:
-                kl = self.kl_to_base(prompts, completion, student_logits_BTV)
+                kl = self.kl_to_base(prompts, completion, student_logits_BTV, mask_BT)
                 values["train/kl_base_student"] = kl
-        self.log_means(values, len(prompts) if count is None else count)
+        self.log_means(values, int(counts_B.sum()))
 
     def log_means(self, values: Mapping[str, Scalar], count: Tensor | int, **options: Any) -> None:
         """Log means over the things of all processes; a collective call.
@@ -289,13 +291,17 @@ class StudentModule(Respondent):
         return Draws(batch.share.places, batch.share.total, self._rollout_seed)
 
     def kl_to_base(
-        self, prompts: list[list[int]], completion: Rollout, student_logits_BTV: Tensor
+        self,
+        prompts: list[list[int]],
+        completion: Rollout,
+        student_logits_BTV: Tensor,
+        mask_BT: Tensor,
     ) -> Tensor:
-        """KL(base ‖ student) per token on completions of bare prompts."""
+        """KL(base ‖ student) per token on completions of bare prompts, where the mask is true."""
         assert self.base is not None
         base_logits_BTV = self.logits(self.base, prompts, completion)
         per_token_BT = token_divergence(student_logits_BTV, base_logits_BTV)
-        return sequence_mean(per_token_BT, completion.mask_BT)
+        return sequence_mean(per_token_BT, mask_BT)
 
     # ---------------------------------------------------------------- checkpoints
 

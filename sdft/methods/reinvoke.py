@@ -82,7 +82,7 @@ class ReinvokeModule(SFTModule):
         loss = self.divergence(student_BTV, base_BTV, counted)
         sequences = counted.mask_BT[:, self.skip_first_tokens :].any(-1).sum()
         self.phases.enter("track")
-        self._log_answers(completion, loss.detach(), sequences, batch.count)
+        self._log_answers(batch, completion, loss.detach(), sequences)
         self.phases.enter("update")  # backward and optimizer follow
         return part_of_mean(loss, sequences)
 
@@ -99,12 +99,12 @@ class ReinvokeModule(SFTModule):
         return sequence_mean(per_token_BT[:, skip:], completion.mask_BT[:, skip:])
 
     def _log_answers(
-        self, completion: Rollout, loss: Tensor, sequences: Tensor, rows: int
+        self, batch: Batch, completion: Rollout, loss: Tensor, sequences: Tensor
     ) -> None:
         self.log_means({"reinvoke/divergence": loss}, sequences)
         values = {
-            "reinvoke/completion_length": completion.lengths_B.float().mean(),
-            "reinvoke/truncated": completion.truncated_B.float().mean(),
+            "reinvoke/completion_length": batch.mean(completion.lengths_B),
+            "reinvoke/truncated": batch.mean(completion.truncated_B),
         }
-        self.log_means(values, rows)
+        self.log_means(values, batch.count)
         self.log("divergence", loss, prog_bar=True, logger=False, batch_size=len(completion.ids_BT))

@@ -58,7 +58,7 @@ class SFTModule(StudentModule):
     def _log_step(self, batch: Batch, target: Rollout, loss: Tensor, logits_BTV: Tensor) -> None:
         values = {
             "train/loss": loss.detach(),
-            "train/completion_length": target.lengths_B.float().mean(),
+            "train/completion_length": batch.mean(target.lengths_B),
         }
-        self.track(values, batch.student_ids, target, logits_BTV, batch.count)
+        self.track(values, batch.student_ids, target, logits_BTV, batch.real)
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))
