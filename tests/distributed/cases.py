@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from conftest import make_method, make_module, make_task
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -41,7 +42,9 @@ from sdft.mixtures import GeneralPrompts, PastReplay, Reinvoke
 from sdft.module import SDFTModule
 from sdft.optim import AdamWBF16
 from sdft.penalties import EWC, L2ToStart
+from sdft.run import run_folder
 from sdft.scorers import Scorer
+from sdft.sharding import is_sharded
 from sdft.strategies import ReplicatedStrategy, ShardedStrategy
 
 STRATEGIES: dict[str, Callable[[], Any]] = {
@@ -156,27 +159,51 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+RESUMED: dict[str, Any] = {
+    "options": {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.2, momentum=0.9)},
+    "teacher": partial(EMATeacher, rate=0.1, every_n_steps=2),
+}
+"""A run that is broken off and goes on with another number of processes."""
+ROUGH: dict[str, Any] = {
+    "family": "gpt2",  # with dropout
+    "options": {"optimizer": partial(AdamWBF16, lr=1e-2)},
+    "teacher": partial(EMATeacher, rate=0.5, storage="bfloat16"),
+}
+"""A run whose noise is another for each shard: reproducible, but not that of one process."""
+
+ALL = CASES | {"resumed": RESUMED, "rough": ROUGH}
+
+
+def case_callbacks(folder: Path, every_step: bool) -> list[Callback]:
+    """Checkpoints of every step, where they are wanted."""
+    if not every_step:
+        return []
+    options = {"save_top_k": -1, "every_n_train_steps": 1, "save_on_train_epoch_end": False}
+    return [ModelCheckpoint(folder / "steps", "{step}", **options)]
+
+
 def run(
-    case: dict[str, Any],
-    model: Path,
+    name: str,
+    models: Path,
     folder: Path,
     strategy: str,
     devices: int = 1,
-    ckpt_path: Path | None = None,
-    callbacks: tuple[Callback, ...] = (),
-    **trainer: Any,
+    ckpt_path: str | None = None,
+    every_step: bool = False,
 ) -> tuple[Trainer, StudentModule]:
     """Run a case below `folder`; what it measured is left in `kept-<rank>.json`."""
-    for name in ("plot_matrix", "plot_curves"):
-        setattr(sdft.report, name, lambda *args: None)
-    sdft.report.save_figure = lambda figure, path: Path(path).touch()  # type: ignore[assignment]
+    for plot in ("plot_matrix", "plot_curves"):
+        setattr(sdft.report, plot, lambda *args: None)
+    sdft.report.save_figure = lambda figure, path: Path(path).touch()
     seed_everything(7, verbose=False)
+    case, folder = ALL[name], folder / name
+    folder.mkdir(parents=True, exist_ok=True)
     options = case.get("options", {})
     module = case.get("module", sdft_module)(
-        model, **options() if callable(options) else options
+        models / case.get("family", "llama"), **options() if callable(options) else options
     )
     kept = Kept()
-    lightning = Trainer(
+    trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=STRATEGIES[strategy](),
@@ -189,9 +216,8 @@ def run(
             CostReport(),
             StageCheckpoint(every_n_steps=1),
             ModelExport(),
-            Predictions(),
             kept,
-            *callbacks,
+            *case_callbacks(folder, every_step),
         ],
         max_epochs=-1,
         num_sanity_val_steps=0,
@@ -200,9 +226,42 @@ def run(
         enable_model_summary=False,
         inference_mode=False,
         **{k: case[k] for k in ("accumulate_grad_batches", "gradient_clip_val") if k in case},
-        **trainer,
     )
-    lightning.fit(module, datamodule=stream(**case.get("data", {})), ckpt_path=ckpt_path)
-    found = {"steps": kept.steps, "rows": kept.rows, "folder": str(lightning.log_dir)}
-    (folder / f"kept-{lightning.global_rank}.json").write_text(json.dumps(found))
-    return lightning, module
+    data = stream(**case.get("data", {}))
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    found = {
+        "steps": kept.steps,
+        "rows": kept.rows,
+        "folder": str(trainer.log_dir),
+        "sharded": is_sharded(module.model),
+        "folder_here": str(run_folder(trainer)),
+    }
+    (folder / f"kept-{trainer.global_rank}.json").write_text(json.dumps(found))
+    return trainer, module
+
+
+def evaluate(
+    models: Path, folder: Path, strategy: str, devices: int, ckpt_path: str
+) -> dict[str, Any]:
+    """What the entry points beside `fit` say of a checkpoint."""
+    found: dict[str, Any] = {}
+    for entry in ("validate", "test", "predict"):
+        seed_everything(7, verbose=False)
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=devices,
+            strategy=STRATEGIES[strategy](),
+            logger=TensorBoardLogger(folder, default_hp_metric=False),
+            callbacks=[Predictions()],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            inference_mode=False,
+        )
+        module = sdft_module(models / "llama")
+        getattr(trainer, entry)(
+            module, datamodule=stream(), ckpt_path=ckpt_path, weights_only=True
+        )
+        found[entry] = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        found["predictions"] = Path(trainer.log_dir or "") / "predictions.jsonl"
+    found["predictions"] = found["predictions"].read_text()
+    return found

@@ -1,29 +1,36 @@
-"""One of several processes that run cases: `worker.py FOLDER STRATEGY RANKS CASE…`."""
+"""One of several processes that make the same runs: `worker.py JOBS.json`, a list of jobs."""
 
 from __future__ import annotations
 
+import json
 import sys
-import traceback
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path.remove(str(HERE))
+sys.path += [str(HERE.parent), str(HERE)]  # in this order: this folder has a conftest, too
 
-from cases import CASES, run
+import probes
+from cases import evaluate, run
+from conftest import save_model
 
 
-def main(root: str, strategy: str, ranks: str, *names: str) -> int:
-    for name in names:
-        family = CASES[name].get("family", "llama")
-        folder = Path(root) / name
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            run(CASES[name], Path(root) / f"model-{family}", folder, strategy, int(ranks))
-        except Exception:
-            (folder / "error.txt").write_text(traceback.format_exc())
-            raise
-    return 0
+def work(kind: str, folder: Path, **options: Any) -> None:
+    """Do one job."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "save":
+        for family in options["families"]:
+            save_model(folder / family, family=family)
+    elif kind == "probe":
+        getattr(probes, options["name"])(folder)
+    elif kind == "run":
+        run(models=Path(options.pop("models")), folder=folder, **options)
+    else:
+        found = evaluate(models=Path(options.pop("models")), folder=folder, **options)
+        (folder / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        work(folder=Path(job.pop("folder")), **job)
