@@ -6,12 +6,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 
 MINUTES = 10.0
 
@@ -69,6 +76,18 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state as an optimizer of one process would save it: of whole tensors, by number."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        plain = getattr(optimizer, "optimizer", optimizer)
+        state = get_optimizer_state_dict(self.model, plain, options=_options())
+        if self.global_rank > 0:
+            return {}
+        names = [name for group in state["param_groups"] for name in group["params"]]
+        return _renamed(state, {name: number for number, name in enumerate(names)})
+
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
@@ -78,12 +97,49 @@ class ShardedStrategy(ModelParallelStrategy):
             ValueError: See `StudentModule.check_checkpoint`.
         """
         path = Path(self.broadcast(checkpoint_path))
-        if path.is_file():  # weights are loaded before the module hears of it
-            found = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
-            check = getattr(self.lightning_module, "check_checkpoint", None)
-            if check is not None:
-                check(found)
-        return super().load_checkpoint(path, weights_only)
+        if not path.is_file():
+            return super().load_checkpoint(path, weights_only)
+        # Weights are loaded before the module hears of it.
+        found = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        check = getattr(self.lightning_module, "check_checkpoint", None)
+        if check is not None:
+            check(found)
+        # Lightning takes numbers for those of all parameters, frozen ones included.
+        optimizers, self.optimizers = self.optimizers, []
+        try:
+            checkpoint = super().load_checkpoint(path, weights_only)
+        finally:
+            self.optimizers = optimizers
+        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=False):
+            self._load_optimizer(optimizer, state)
+        return checkpoint
+
+    def _load_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        assert self.model is not None
+        if not state["state"]:  # nothing to deal out; torch would make up moments
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                group.update({key: value for key, value in saved.items() if key != "params"})
+            return
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        held = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        named = _renamed(state, dict(enumerate(held)))
+        set_optimizer_state_dict(self.model, optimizer, named, options=_options(broadcast=True))
+
+
+def _options(broadcast: bool = False) -> StateDictOptions:
+    return StateDictOptions(
+        full_state_dict=True, cpu_offload=not broadcast, broadcast_from_rank0=broadcast
+    )
+
+
+def _renamed(state: dict[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state under other names of its parameters; those it does not know stay."""
+    groups = [
+        {**group, "params": [names.get(name, name) for name in group["params"]]}
+        for group in state["param_groups"]
+    ]
+    kept = {names.get(name, name): value for name, value in state["state"].items()}
+    return {"state": kept, "param_groups": groups}
 
 
 def _timeout(minutes: float) -> timedelta:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.remove(str(HERE))
-sys.path += [str(HERE.parent), str(HERE)]  # in this order: this folder has a conftest, too
+sys.path.append(str(HERE.parent))
 
 import probes
 from cases import evaluate, run

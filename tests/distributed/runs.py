@@ -1,16 +1,15 @@
-"""Models and runs that the tests of several processes share."""
+"""Runs of cases, each made once per session."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from processes import work
 
-# By path: `conftest` is the name of this file, too.
 FAMILIES = ("llama", "qwen2", "gpt2")
+_DONE: dict[tuple[str, ...], Path] = {}
 
 Ran = Callable[[str, tuple[str, ...]], Path]
 
@@ -18,24 +17,24 @@ Ran = Callable[[str, tuple[str, ...]], Path]
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of the tiny models, one per family."""
-    folder = tmp_path_factory.mktemp("models")
-    work([{"kind": "save", "folder": folder, "families": FAMILIES}], folder, ranks=1)
-    return folder
+    if ("models",) not in _DONE:
+        folder = tmp_path_factory.mktemp("models")
+        work([{"kind": "save", "folder": folder, "families": FAMILIES}], folder, ranks=1)
+        _DONE["models",] = folder
+    return _DONE["models",]
 
 
 @pytest.fixture(scope="session")
 def ran(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Runs cases with a strategy, once per session; the folder that holds them."""
-    done: dict[Any, Path] = {}
+    """Runs cases with a strategy; the folder that holds them."""
 
     def runs(strategy: str, names: tuple[str, ...]) -> Path:
-        if (strategy, names) not in done:
+        if (strategy, *names) not in _DONE:
             folder = tmp_path_factory.mktemp(strategy)
             ranks = 1 if strategy == "one" else 2
             shared = {"kind": "run", "models": models, "folder": folder, "strategy": strategy}
-            jobs = [{**shared, "devices": ranks, "name": name} for name in names]
-            work(jobs, folder, ranks)
-            done[strategy, names] = folder
-        return done[strategy, names]
+            work([{**shared, "devices": ranks, "name": name} for name in names], folder, ranks)
+            _DONE[strategy, *names] = folder
+        return _DONE[strategy, *names]
 
     return runs
