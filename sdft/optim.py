@@ -70,6 +70,8 @@ class AdamWBF16(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+        for name in ("exp_avg", "exp_avg_sq"):  # torch restores moments in the parameter's type
+            state[name] = state[name].to(torch.bfloat16)
         state["step"] += 1
         step = int(state["step"])
         assert parameter.grad is not None
