@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from sdft.callbacks.after_step import AfterStep
+from sdft.flat_sharding import aligned, is_flat
 from sdft.ranks import rank
 from sdft.rounding import stochastic_round
 from sdft.run import is_logged
@@ -67,13 +68,16 @@ class EMATeacher(AfterStep):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the teacher as `storage` says, also where the trainer's precision converted it."""
         teacher = _teacher(pl_module)
-        if teacher is not None:
+        if teacher is not None and is_flat(teacher):
+            if self.storage != torch.float32:
+                raise ValueError("teacher.storage must be float32 with FSDPStrategy")
+        elif teacher is not None:
             teacher.float().eval().requires_grad_(False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same once a checkpoint is restored, whatever precision that one had."""
         teacher = _teacher(pl_module)
-        if teacher is not None:
+        if teacher is not None and not is_flat(teacher):
             teacher.to(self.storage)  # type: ignore[arg-type]
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
@@ -84,8 +88,10 @@ class EMATeacher(AfterStep):
         assert isinstance(pl_module, StudentModule)
         if trainer.global_step % self.every_n_steps == 0 and self.rate > 0:
             seed = derive_seed(run_seed(), "teacher", trainer.global_step)
-            update_average(teacher, pl_module.model, self.rate, seed)
-        if is_logged(trainer, trainer.global_step) and pl_module.base is not None:
+            with aligned(pl_module.model):
+                update_average(teacher, pl_module.model, self.rate, seed)
+        flat = is_flat(pl_module.model)  # its shards are not those of the base
+        if is_logged(trainer, trainer.global_step) and pl_module.base is not None and not flat:
             moved = teacher_moved(teacher, pl_module.model, pl_module.base)
             pl_module.log("teacher/moved", moved, batch_size=len(batch))
 

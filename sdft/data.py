@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 from sdft.batch import Batch, Origin
-from sdft.encoded import Encoded, collate_share, encode_split
+from sdft.encoded import Encoded, encode_split
+from sdft.loaders import evaluation_loader, own_share
 from sdft.mixtures import MIXTURES, Mixture, stage_parts
 from sdft.prompts import Encoder
-from sdft.ranks import rank, ranks
 from sdft.seeding import run_seed
 from sdft.stages import StageLoader, batches_in_stage, stage_batches, steps_of_parts
 from sdft.tasks import Split, Task
@@ -261,12 +259,8 @@ class ContinualDataModule(LightningDataModule):
         """The current stage's batches."""
         assert self.trainer is not None
         stage = min(self.trainer.current_epoch, len(self.tasks) - 1)
-        self._loader = StageLoader(self.mixed_batches(stage), self._collate, stage)
+        self._loader = StageLoader(self.mixed_batches(stage), own_share(), stage)
         return self._loader
-
-    @property
-    def _collate(self) -> Callable[[Sequence[Encoded]], Batch]:
-        return partial(collate_share, rank=rank(), ranks=ranks())
 
     def end_stage(self) -> None:
         """Hand out no further batch of the stage under way: one half of `sdft.run.end_stage`."""
@@ -290,19 +284,8 @@ class ContinualDataModule(LightningDataModule):
 
     def _loaders(self, tasks: Sequence[Task], split: Split) -> list[Any]:
         self.evaluating = [task for task in tasks if self.encoded(task, split)]
-        return [self._loader_of(self.encoded(task, split)) for task in self.evaluating]
-
-    def _loader_of(self, items: list[Encoded]) -> Any:
-        if ranks() == 1:
-            return DataLoader(
-                cast(Any, items),
-                batch_size=self.eval_batch_size,  # by name: `predict` re-creates the loader so
-                collate_fn=self._collate,
-            )
-        # No DataLoader: Lightning would deal its rows anew, and repeat some.
-        starts = range(0, len(items), self.eval_batch_size)
-        batches = [items[start : start + self.eval_batch_size] for start in starts]
-        return StageLoader(batches, self._collate, stage=0)
+        size = self.eval_batch_size
+        return [evaluation_loader(self.encoded(task, split), size) for task in self.evaluating]
 
     # ---------------------------------------------------------------- checkpoints
 

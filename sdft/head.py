@@ -65,7 +65,8 @@ def head(model: PreTrainedModel) -> Head | None:
 
     Whoever gets None takes the model's own logits (`sdft.scoring`); a warning says so, once per
     model. The check runs once per model and draws no random numbers. Of a sharded model the parts
-    are whole inside `forwarded` and `whole` alone; the first use is a collective call, outside both.
+    are whole inside `forwarded` and `whole` alone; the first use is a collective call, outside
+    both.
     """
     if model not in _VERIFIED:
         with whole(model):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from transformers import PreTrainedModel
 
+from sdft.flat_sharding import inner
 from sdft.kv_cache import attention_windows
 from sdft.sharding import is_hook_of_sharding, original
 
@@ -53,7 +54,7 @@ def _parts(model: Any) -> Iterator[tuple[nn.Module, str]]:
     decoder = model.model
     yield from ((model, "ForCausalLM"), (decoder, "Model"), (decoder.norm, "RMSNorm"))
     yield from ((decoder.embed_tokens, "Embedding"), (decoder.rotary_emb, "RotaryEmbedding"))
-    for layer in decoder.layers:
+    for layer in map(inner, decoder.layers):
         yield from ((layer, "DecoderLayer"), (layer.self_attn, "Attention"), (layer.mlp, "MLP"))
         yield from ((layer.input_layernorm, "RMSNorm"), (layer.post_attention_layernorm, "RMSNorm"))
         if hasattr(layer.self_attn, "q_norm"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch
+from sdft.flat_sharding import is_flat
 from sdft.head import gathered_head, head
 from sdft.head_losses import head_divergence, head_entropy
 from sdft.losses import check_alpha, sequence_mean, sequence_weights, token_divergence
@@ -114,6 +115,7 @@ class SDFTModule(StudentModule):
             for name in ("score", "student_logits", "logits", "loss", "track")
         )
         assert self.teacher is not None
+        own = own and not is_flat(self.model)
         return own and head(self.model) is not None and head(self.teacher) is not None
 
     def _compare_logits(
@@ -126,9 +128,7 @@ class SDFTModule(StudentModule):
         student_logits_BTV = self.student_logits(batch, completion)
         loss = self.loss(student_logits_BTV, teacher_logits_BTV, self._counting(batch, completion))
         logits_BTV = student_logits_BTV.detach()
-        return loss, lambda: self.track(
-            {}, batch.student_ids, completion, logits_BTV, batch.real
-        )
+        return loss, lambda: self.track({}, batch.student_ids, completion, logits_BTV, batch.real)
 
     def _compare_hidden(
         self, batch: Batch, completion: Rollout
@@ -143,7 +143,10 @@ class SDFTModule(StudentModule):
         self.phases.enter("update")
 
         def compare() -> tuple[Tensor, Tensor]:
-            student_ND, student = self.hidden(self.model, batch.student_ids, completion), head(self.model)
+            student_ND, student = (
+                self.hidden(self.model, batch.student_ids, completion),
+                head(self.model),
+            )
             assert student is not None
             divergence_N = head_divergence(
                 student_ND,

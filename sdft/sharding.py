@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from sdft.flat_sharding import is_flat, whole_flat, whole_flat_state
 
 T = TypeVar("T")
 _RUN = "sdft_run"
@@ -113,6 +115,10 @@ def forwarded(model: nn.Module, function: Callable[[], T]) -> T:
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """Gather all weights once; afterwards they are shards again. For passes without a gradient."""
+    if is_flat(model):
+        with whole_flat(model):
+            yield
+        return
     if not isinstance(model, FSDPModule) or not _is_apart(model):
         yield
         return
@@ -142,7 +148,8 @@ def gathered(tensor: Tensor) -> Tensor:
     """The whole of a shard, without a gradient; any other tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.detach().full_tensor()
+    whole_tensor: Tensor = cast(DTensor, tensor.detach()).full_tensor()
+    return whole_tensor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -167,7 +174,9 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
 
     None for any other model, whose state needs nobody's help.
     """
+    if is_flat(model):
+        return whole_flat_state(model)
     if not is_sharded(model):
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))

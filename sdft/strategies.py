@@ -1,6 +1,6 @@
 """Lightning's strategies for several processes, with what this project needs of them.
 
-`configs/ddp.yaml` and `configs/fsdp.yaml` name them; a class of Lightning's own may stand there too.
+The overlays `configs/ddp.yaml`, `configs/fsdp.yaml` and `configs/fsdp1.yaml` name them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -82,7 +82,9 @@ class ShardedStrategy(ModelParallelStrategy):
             return super().optimizer_state(optimizer)
         assert self.model is not None
         plain = getattr(optimizer, "optimizer", optimizer)
-        state = get_optimizer_state_dict(self.model, plain, options=_options())
+        state = cast(
+            dict[str, Any], get_optimizer_state_dict(self.model, plain, options=_options())
+        )
         if self.global_rank > 0:
             return {}
         names = [name for group in state["param_groups"] for name in group["params"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -15,18 +15,16 @@ from transformers import PreTrainedModel
 
 from sdft.batch import Batch, Origin
 from sdft.decode import DecodeEngine
-from sdft.draws import Draws
-from sdft.losses import sequence_mean, token_divergence, token_entropy
+from sdft.flat_sharding import is_flat
+from sdft.losses import sequence_mean, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
 from sdft.penalties import Penalty
+from sdft.placement import spread
 from sdft.prompts import Sees, TeacherTemplate
-from sdft.ranks import Scalar, means, ranks
-from sdft.respondent import Respondent
 from sdft.rollout import Rollout, RolloutEngine, Sampling
-from sdft.run import is_logged, run_folder, task_stream
+from sdft.run import task_stream
 from sdft.schedule import StageSchedule
-from sdft.seeding import derive_seed, run_seed
-from sdft.sharding import check_sharding, is_sharded, shard
+from sdft.shared_steps import SharedSteps
 from sdft.weights import (
     check_identity,
     check_training,
@@ -37,7 +35,7 @@ from sdft.weights import (
 )
 
 
-class StudentModule(Respondent):
+class StudentModule(SharedSteps):
     """A student that answers prompts; a method adds `training_step`.
 
     Args:
@@ -119,7 +117,6 @@ class StudentModule(Respondent):
         # Not a submodule: the base is neither trained, sharded nor checkpointed.
         self._base: list[PreTrainedModel] = []
         self._restored: dict[str, dict[str, Tensor]] = {}
-        self._rollout_seed = 0
 
     # ---------------------------------------------------------------- models and prompts
 
@@ -136,7 +133,7 @@ class StudentModule(Respondent):
 
     def prepare_copies(self, student: PreTrainedModel) -> None:
         """Copy the freshly loaded student where the method needs it, before anything trains."""
-        if not self._fitting:
+        if not self.fitting:
             return
         if self.track_base or self.needs_base or self._restarts:
             self._base = [frozen_copy(student)]
@@ -153,7 +150,8 @@ class StudentModule(Respondent):
         return self._base[0] if self._base else None
 
     @property
-    def _fitting(self) -> bool:
+    def fitting(self) -> bool:
+        """Whether this is training, or no trainer is there to tell."""
         return self._trainer is None or self._trainer.state.fn == "fit"
 
     @property
@@ -161,18 +159,10 @@ class StudentModule(Respondent):
         return self._trainer is not None and task_stream(self.trainer).from_base_each_task
 
     def configure_model(self) -> None:
-        """Load the student; Lightning calls this once per entry point."""
+        """Load the student and spread it over processes; called once per entry point."""
         self.model  # noqa: B018 - loads on first use
-        if ranks() > 1:
-            run_folder(self.trainer)
-        mesh = self.device_mesh
-        if mesh is not None and not is_sharded(self.model):
-            check_sharding(mesh, str(self.trainer.precision))
-            copies = (getattr(self, name) for name in self.copies if self._fitting)
-            for model in (self.model, *copies, *self._base):
-                shard(model, mesh["data_parallel"], str(self.trainer.precision))
-            if self.penalty is not None and self._fitting:
-                self.penalty.attach(self.model)  # anew, sharded as the student is
+        copies = [getattr(self, name) for name in self.copies if self.fitting]
+        spread(self, copies, self._base)
 
     # ---------------------------------------------------------------- training
 
@@ -194,7 +184,8 @@ class StudentModule(Respondent):
         """Keep copies and penalty in fp32, as they were saved; check what the penalty needs."""
         # Between loading and here, the precision `bf16-true` has rounded the whole module.
         for name in (*self.copies, *(["penalty"] if self.penalty else [])):
-            kept = getattr(self, name).float()
+            kept = getattr(self, name)
+            kept = kept if is_flat(kept) else kept.float()
             if name in self._restored:
                 kept.load_state_dict(self._restored.pop(name))
         if self.penalty is not None:
@@ -202,16 +193,14 @@ class StudentModule(Respondent):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed this batch; begin a stage with its first one."""
-        # A function of the place in the run, so that a resumed run draws the same rollouts.
-        place = (run_seed(), self.trainer.current_epoch, batch_idx, self.global_rank)
-        self._rollout_seed = derive_seed(*place[:3], 0)
-        torch.manual_seed(derive_seed(*place))
+        seed = self.seed_of_batch(batch_idx, self.global_rank)
+        torch.manual_seed(seed)
         self.phases.lap()
         if batch_idx == 0:
             self.phases.enter("prepare")
             self.begin_stage(self.trainer.current_epoch)
             self.phases.enter("")
-            torch.manual_seed(derive_seed(*place))
+            torch.manual_seed(seed)
 
     def begin_stage(self, stage: int) -> None:
         """What changes between two stages; a stage that is resumed in its middle has had it."""
@@ -239,11 +228,6 @@ class StudentModule(Respondent):
         """Log how long each phase of the step took, and how many tokens a second it did."""
         self.phases.enter("")
         self.log_dict(self.phases.lap().scalars(), batch_size=len(batch))
-
-    @property
-    def logs_this_step(self) -> bool:
-        """Whether the step under way reaches the logger; costly metrics wait for it."""
-        return is_logged(self.trainer, self.trainer.global_step + 1)
 
     @torch.no_grad()
     def track(
@@ -273,36 +257,6 @@ class StudentModule(Respondent):
                 values["train/kl_base_student"] = kl
         self.log_means(values, int(counts_B.sum()))
 
-    def log_means(self, values: Mapping[str, Scalar], count: Tensor | int, **options: Any) -> None:
-        """Log means over the things of all processes; a collective call.
-
-        Args:
-            values: Named means over this process's things.
-            count: How many things: rows, or sequences.
-            options: See `LightningModule.log_dict`.
-        """
-        found = means(values, count, torch.empty(0, device=self.device))
-        self.log_dict(found, batch_size=max(int(count), 1), **options)
-
-    def draws(self, batch: Batch) -> Draws | None:
-        """Random numbers for a rollout of the batch, whichever of its rows this process has."""
-        if batch.share is None:
-            return None
-        return Draws(batch.share.places, batch.share.total, self._rollout_seed)
-
-    def kl_to_base(
-        self,
-        prompts: list[list[int]],
-        completion: Rollout,
-        student_logits_BTV: Tensor,
-        mask_BT: Tensor,
-    ) -> Tensor:
-        """KL(base ‖ student) per token on completions of bare prompts, where the mask is true."""
-        assert self.base is not None
-        base_logits_BTV = self.logits(self.base, prompts, completion)
-        per_token_BT = token_divergence(student_logits_BTV, base_logits_BTV)
-        return sequence_mean(per_token_BT, mask_BT)
-
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -327,7 +281,7 @@ class StudentModule(Respondent):
         if found is None:
             raise ValueError("the checkpoint was not written by sdft: it names no model")
         check_identity(self.model, self.model_name, found)
-        if self._fitting:
+        if self.fitting:
             check_training({"method": self.method, "penalty": self._penalty_label}, found)
 
     @property

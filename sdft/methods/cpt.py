@@ -92,7 +92,7 @@ class CPTModule(SFTModule):
         if batch.share is not None:
             flags = zip(batch.examples, batch.share.real, strict=True)
             real = tuple(real for example, real in flags for _ in self.windows(example))
-            starts.share = Share(tuple(range(len(read))), real, ("new",) * len(read))
+            starts.share = Share(tuple(range(len(read))), real, tuple(starts.origins))
         ids_BT, mask_BT = pad([window[1:] for _, window in read], self.pad_id, "right", self.device)
         return starts, Rollout(ids_BT, mask_BT, torch.zeros(len(read), dtype=torch.bool))
 

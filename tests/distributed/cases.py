@@ -91,7 +91,10 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5)
 
 
-OPTIONS: dict[str, Any] = {"optimizer": sgd, "scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=100)}
+OPTIONS: dict[str, Any] = {
+    "optimizer": sgd,
+    "scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=100),
+}
 
 
 def stream(**options: Any) -> ContinualDataModule:
@@ -258,9 +261,7 @@ def evaluate(
             inference_mode=False,
         )
         module = sdft_module(models / "llama")
-        getattr(trainer, entry)(
-            module, datamodule=stream(), ckpt_path=ckpt_path, weights_only=True
-        )
+        getattr(trainer, entry)(module, datamodule=stream(), ckpt_path=ckpt_path, weights_only=True)
         found[entry] = {key: float(value) for key, value in trainer.callback_metrics.items()}
         found["predictions"] = Path(trainer.log_dir or "") / "predictions.jsonl"
     found["predictions"] = found["predictions"].read_text()

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from functools import cache
 from pathlib import Path
 
-import pytest
 from processes import work
 
 FAMILIES = ("llama", "qwen2", "gpt2")
-_DONE: dict[tuple[str, ...], Path] = {}
-
-Ran = Callable[[str, tuple[str, ...]], Path]
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@cache
+def root() -> tempfile.TemporaryDirectory[str]:
+    """Where they stay until the session ends."""
+    return tempfile.TemporaryDirectory(prefix="sdft-distributed-")
+
+
+def new_folder(name: str) -> Path:
+    """An empty folder that lasts as long as the session."""
+    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root().name))
+
+
+@cache
+def models() -> Path:
     """Folders of the tiny models, one per family."""
-    if ("models",) not in _DONE:
-        folder = tmp_path_factory.mktemp("models")
-        work([{"kind": "save", "folder": folder, "families": FAMILIES}], folder, ranks=1)
-        _DONE["models",] = folder
-    return _DONE["models",]
+    folder = new_folder("models")
+    work([{"kind": "save", "folder": folder, "families": FAMILIES}], folder, ranks=1)
+    return folder
 
 
-@pytest.fixture(scope="session")
-def ran(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+@cache
+def ran(strategy: str, names: tuple[str, ...]) -> Path:
     """Runs cases with a strategy; the folder that holds them."""
-
-    def runs(strategy: str, names: tuple[str, ...]) -> Path:
-        if (strategy, *names) not in _DONE:
-            folder = tmp_path_factory.mktemp(strategy)
-            ranks = 1 if strategy == "one" else 2
-            shared = {"kind": "run", "models": models, "folder": folder, "strategy": strategy}
-            work([{**shared, "devices": ranks, "name": name} for name in names], folder, ranks)
-            _DONE[strategy, *names] = folder
-        return _DONE[strategy, *names]
-
-    return runs
+    folder = new_folder(strategy)
+    ranks = 1 if strategy == "one" else 2
+    shared = {"kind": "run", "models": models(), "folder": folder, "strategy": strategy}
+    work([{**shared, "devices": ranks, "name": name} for name in names], folder, ranks)
+    return folder

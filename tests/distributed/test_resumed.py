@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from processes import work
-from runs import models  # noqa: F401 - a fixture
+from runs import models, new_folder
 from test_equal import assert_close, left, without_own
 
 pytestmark = pytest.mark.slow
@@ -18,9 +18,9 @@ CHANGES = [("one", "ddp"), ("one", "fsdp"), ("ddp", "one"), ("fsdp", "one"), ("f
 SAME = [("ddp", "ddp"), ("fsdp", "fsdp")]
 
 
-def job(models: Path, folder: Path, strategy: str, name: str, **more: Any) -> dict[str, Any]:
+def job(folder: Path, strategy: str, name: str, **more: Any) -> dict[str, Any]:
     devices = 1 if strategy == "one" else 2
-    options = {"models": models, "folder": folder, "strategy": strategy, "devices": devices}
+    options = {"models": models(), "folder": folder, "strategy": strategy, "devices": devices}
     return {"kind": "run", "name": name, **options, **more}
 
 
@@ -33,21 +33,21 @@ def work_all(jobs: list[dict[str, Any]], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def begun(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def begun() -> Path:
     """The run in all ways, whole, with a checkpoint of every step."""
-    folder = tmp_path_factory.mktemp("begun")
+    folder = new_folder("begun")
     strategies = ("one", "ddp", "fsdp")
     more = {"name": "resumed", "every_step": True}
-    work_all([job(models, folder / s, s, **more) for s in strategies], folder)
+    work_all([job(folder / s, s, **more) for s in strategies], folder)
     return folder
 
 
-def resume(models: Path, begun: Path, folder: Path, changes: list[tuple[str, str]]) -> None:  # noqa: F811
+def resume(begun: Path, folder: Path, changes: list[tuple[str, str]]) -> None:
     jobs = []
     for before, after in changes:
         checkpoint = begun / before / "resumed" / "steps" / f"step={STEP}.ckpt"
         where = folder / f"{before}-{after}"
-        jobs.append(job(models, where, after, "resumed", ckpt_path=str(checkpoint)))
+        jobs.append(job(where, after, "resumed", ckpt_path=str(checkpoint)))
     work_all(jobs, folder)
 
 
@@ -69,14 +69,14 @@ def test_whole_runs_are_alike(begun: Path) -> None:
         assert_close(without_own(kept["steps"]), without_own(alone["steps"]))
 
 
-def test_more_or_fewer_processes_go_on(begun: Path, models: Path, tmp_path: Path) -> None:  # noqa: F811
-    resume(models, begun, tmp_path, CHANGES)
+def test_more_or_fewer_processes_go_on(begun: Path, tmp_path: Path) -> None:
+    resume(begun, tmp_path, CHANGES)
     for before, after in CHANGES:
         assert_same(tmp_path / f"{before}-{after}", begun / "one")
 
 
-def test_as_many_go_on_bit_for_bit(begun: Path, models: Path, tmp_path: Path) -> None:  # noqa: F811
-    resume(models, begun, tmp_path, SAME)
+def test_as_many_go_on_bit_for_bit(begun: Path, tmp_path: Path) -> None:
+    resume(begun, tmp_path, SAME)
     for strategy, _ in SAME:
         found = left(tmp_path / f"{strategy}-{strategy}", "resumed")
         expected = left(begun / strategy, "resumed")
@@ -85,15 +85,15 @@ def test_as_many_go_on_bit_for_bit(begun: Path, models: Path, tmp_path: Path) ->
         assert found[2] == expected[2]
 
 
-def test_noise_of_shards_and_dropout_is_reproducible(models: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_noise_of_shards_and_dropout_is_reproducible(tmp_path: Path) -> None:
     """bf16 moments and teacher, rounded at random, and dropout: resumed bit for bit."""
     strategies = ("ddp", "fsdp")
-    whole = [job(models, tmp_path / s, s, "rough", every_step=True) for s in strategies]
+    whole = [job(tmp_path / s, s, "rough", every_step=True) for s in strategies]
     work_all(whole, tmp_path)
     again = []
     for strategy in strategies:
         checkpoint = str(tmp_path / strategy / "rough" / "steps" / f"step={STEP}.ckpt")
-        again.append(job(models, tmp_path / f"{strategy}-2", strategy, "rough", ckpt_path=checkpoint))
+        again.append(job(tmp_path / f"{strategy}-2", strategy, "rough", ckpt_path=checkpoint))
     work_all(again, tmp_path)
     for strategy in strategies:
         first, second = (left(tmp_path / f, "rough")[1] for f in (strategy, f"{strategy}-2"))

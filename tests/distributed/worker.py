@@ -10,9 +10,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-import probes
-from cases import evaluate, run
-from conftest import save_model
+import probes  # noqa: E402 - its folder's parent has to be found first
+from cases import evaluate, run  # noqa: E402
+from conftest import save_model  # noqa: E402
 
 
 def work(kind: str, folder: Path, **options: Any) -> None:
