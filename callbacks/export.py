@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from sdft.adapter_files import save_adapters
 from sdft.adapters import merged
 from sdft.run import is_dry, run_folder
+from sdft.sharding import whole_state
 from sdft.student import StudentModule
 
 
@@ -30,12 +31,16 @@ class ModelExport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save student and tokenizer."""
-        if not self.enabled or not trainer.is_global_zero or is_dry(trainer):
+        if not self.enabled or is_dry(trainer):
             return
         assert isinstance(pl_module, StudentModule)
+        weights_of_all = whole_state(pl_module.model)  # every process brings its shards
+        if not trainer.is_global_zero:
+            return
         folder = run_folder(trainer) / "model"
         student, lora = pl_module.model, pl_module.adapters.lora
-        (student if lora is None else merged(student)).save_pretrained(folder)
+        exported = student if lora is None else merged(student)
+        exported.save_pretrained(folder, state_dict=weights_of_all)
         pl_module.tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):  # written for the owner alone
             shutil.copymode(folder / "config.json", weights)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdft.batch import Batch
 from sdft.encoded import collate
+from sdft.flat_sharding import is_flat
 from sdft.module import SDFTModule
 from sdft.rollout import Rollout, Sampling, evaluation_mode
 from sdft.run import is_dry, run_folder, task_stream
@@ -36,6 +37,11 @@ class Samples(Callback):
         if count < 0:
             raise ValueError(f"samples.count must be 0 or more, found {count}")
         self.count = count
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what cannot be sampled, before anything is trained."""
+        if self.count and is_flat(getattr(pl_module, "model", None)):
+            raise ValueError("samples.count must be 0 with FSDPStrategy")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample, score, write."""

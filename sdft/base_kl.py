@@ -21,7 +21,9 @@ from sdft.evaluation import Response
 from sdft.head_losses import head_divergence
 from sdft.losses import token_divergence
 from sdft.packing import unpack
+from sdft.ranks import gathered, rank, ranks
 from sdft.rollout import Rollout, evaluation_mode
+from sdft.sharding import whole
 from sdft.states import heads_known, keeps, states
 from sdft.student import StudentModule
 
@@ -95,12 +97,16 @@ def base_responses(
 ) -> list[list[int]]:
     """The base's greedy responses, as token ids."""
     assert module.base is not None
-    responses: list[list[int]] = []
-    for start in range(0, len(prompts), batch_size):
-        with module.forward_precision():
-            batch = prompts[start : start + batch_size]
-            responses += module.sample(module.base, batch, module.greedy).completions()
-    return responses
+    own: dict[int, list[int]] = {}
+    with module.forward_precision(), whole(module.base):
+        for start in range(0, len(prompts), batch_size):
+            places = range(start, min(start + batch_size, len(prompts)))[rank() :: ranks()]
+            if places:
+                batch = [prompts[place] for place in places]
+                found = module.sample(module.base, batch, module.greedy).completions()
+                own |= dict(zip(places, found, strict=True))
+    responses = {place: ids for part in gathered(own) for place, ids in part.items()}
+    return [responses[place] for place in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -124,11 +130,11 @@ def mean_divergence(
     with module.forward_precision(), evaluation_mode(module.model):
         for start in range(0, len(order), rows):
             chosen = order[start : start + rows]
-            means_B = _divergences(
-                module, [prompts[i] for i in chosen], [responses[i] for i in chosen]
-            )
-            total += float(means_B.sum())
-    return total / len(order)
+            # Without a row of its own a process takes one that it does not count: all pass alike.
+            own = chosen[rank() :: ranks()] or chosen[:1]
+            means_B = _divergences(module, [prompts[i] for i in own], [responses[i] for i in own])
+            total += float(means_B.sum()) if rank() < len(chosen) else 0.0
+    return sum(gathered(total)) / len(order)
 
 
 def _from_states(module: StudentModule) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.direct import DirectForward, runs_directly
+from sdft.draws import Uniform
 from sdft.forward import Forward, ModelForward, takes_cache
 from sdft.graph import StepGraph
 from sdft.rollout import (
@@ -120,7 +121,7 @@ class _Decoding:
         self.output_TB = self.rows_R.new_zeros(sampling.max_new_tokens, len(prompts))
         # One number for every row of the batch, ended or not: a row's draws do not depend on when
         # its neighbours end.
-        self.uniform_B = torch.zeros(len(prompts), device=device)
+        self.uniform = Uniform(len(prompts), device)
         self.look_every, self.shrink_at = _pace(device)
         self.graph = StepGraph() if forward.capturable else None
 
@@ -160,14 +161,14 @@ class _Decoding:
 
     def _roll(self) -> None:
         if self.sampling.temperature > 0:
-            self.uniform_B.uniform_()
+            self.uniform.draw()
 
     def _step(self) -> None:
         # Captured as a CUDA graph: in place, and without a decision of the host.
         self._append(self.forward.step(self.ids_R))
 
     def _append(self, logits_RV: Tensor) -> None:
-        ids_R = draw(logits_RV, self.sampling, self.uniform_B[self.rows_R])
+        ids_R = draw(logits_RV, self.sampling, self.uniform.values_B[self.rows_R])
         self.ids_R.copy_(ids_R)
         self.output_TB.view(-1).index_copy_(0, self.place_R, ids_R)
         self.place_R.add_(self.output_TB.shape[1])

@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 
 from sdft.adapters import folded
 from sdft.batch import pad
+from sdft.flat_sharding import inner
 from sdft.forward import Forward, ModelForward, prefill_limits, sub_batches
 from sdft.known import is_known, is_plain
 from sdft.row_cache import RowCache
@@ -73,7 +74,7 @@ class DirectForward(Forward):
     def __init__(self, model: PreTrainedModel, new_tokens: int) -> None:
         decoder: Any = model.model
         self.embed: Function = partial(F.embedding, weight=decoder.embed_tokens.weight)
-        self.blocks = [_Block(layer) for layer in decoder.layers]
+        self.blocks = [_Block(inner(layer)) for layer in decoder.layers]
         self.norm, self.head = _norm(decoder.norm), _linear(model.lm_head)
         self.rotary = decoder.rotary_emb
         self.key_heads = model.config.num_key_value_heads

@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch
-from sdft.head import Head, head
+from sdft.head import Head, gathered_head
 from sdft.head_losses import head_divergence
 from sdft.importance import Importance, has_dropout, head_log_probs
 from sdft.losses import sequence_weights
 from sdft.micro_step import MicroBatch, divide, summed
 from sdft.packable import why_not_packable
 from sdft.rollout import Rollout
-from sdft.states import States, figures
+from sdft.states import States, figures, learnt
 
 if TYPE_CHECKING:
     from sdft.module import SDFTModule
@@ -56,8 +56,9 @@ class HiddenLoss:
         completion: Their completions.
 
     Attributes:
-        importance: Of all completion tokens, by micro-batches, where the rollout came with
-            log-probabilities.
+        sequences: How many of them have tokens that count.
+        importance: Of all completion tokens that count, by micro-batches, where the rollout came
+            with log-probabilities.
     """
 
     def __init__(self, module: SDFTModule, batch: Batch, completion: Rollout) -> None:
@@ -65,8 +66,10 @@ class HiddenLoss:
         self._hidden_ND: Tensor | None = None
         self._graded: list[_Graded] = []
         self.importance: Importance | None = None
-        weights_BT = sequence_weights(module.loss_mask(completion))
-        self._weights_N = weights_BT[completion.mask_BT]
+        mask_BT = batch.counted(module.loss_mask(completion))
+        self.sequences = mask_BT.any(-1).sum()
+        self._weights_N = sequence_weights(mask_BT)[completion.mask_BT]
+        self._counted_N = batch.counted(completion.mask_BT)[completion.mask_BT]
         self._drawn_N = None
         if completion.logps_BT is not None:
             self._drawn_N = completion.logps_BT[completion.mask_BT]
@@ -79,12 +82,13 @@ class HiddenLoss:
 
     def _grade(self, grader: Grader) -> _Graded:
         model, rows, prompts = grader
-        known, completion = head(model), self.completion
-        assert known is not None
-        if len(rows) == len(self.batch):
-            return _Graded(known, hidden_in_parts(self.module, model, prompts, completion), None)
-        own = completion.rows(rows).trimmed()
+        everything, completion = len(rows) == len(self.batch), self.completion
+        own = completion if everything else completion.rows(rows).trimmed()
         found_ND = hidden_in_parts(self.module, model, prompts, own)
+        known = gathered_head(model, found_ND.dtype)
+        assert known is not None
+        if everything:
+            return _Graded(known, found_ND, None)
         rows_N = completion.mask_BT.nonzero()[:, 0]
         counts_N = torch.isin(rows_N, rows_N.new_tensor(rows))
         hidden_ND = found_ND.new_zeros(len(rows_N), found_ND.shape[1])
@@ -105,40 +109,50 @@ class HiddenLoss:
     @torch.no_grad()
     def track(self) -> None:
         """Log what is costly, now and then: the student's entropy and its distance to the base."""
-        module, hidden_ND, student = self.module, self._hidden_ND, head(self.module.model)
-        if not module.logs_this_step or student is None:
+        module, hidden_ND = self.module, self._hidden_ND
+        if not module.logs_this_step:
             return
         assert hidden_ND is not None
-        values = figures(module, self.completion, States(hidden_ND, student), self._of_base)
-        module.log_dict(values, batch_size=len(self.batch))
+        student = gathered_head(module.model, hidden_ND.dtype)
+        assert student is not None
+        mask_BT = self.completion.mask_BT
+        weights_N = sequence_weights(self.batch.counted(mask_BT))[mask_BT]
+        values = figures(module, weights_N, States(hidden_ND, student), self._of_base)
+        module.log_means(values, self.batch.count)
 
     def _of_base(self, base: PreTrainedModel) -> States:
-        known, prompts = head(base), self.batch.student_ids
+        hidden_ND = hidden_in_parts(self.module, base, self.batch.student_ids, self.completion)
+        known = gathered_head(base, hidden_ND.dtype)
         assert known is not None
-        return States(hidden_in_parts(self.module, base, prompts, self.completion), known)
+        return States(hidden_ND, known)
 
     def _loss(self, part: MicroBatch) -> Tensor:
         module = self.module
         batch, completion = self.batch.rows(part.rows), self.completion.rows(part.rows).trimmed()
-        student_ND = module.hidden(module.model, batch.student_ids, completion)
-        self._keep(part, student_ND.detach())
-        weights_N = self._weights_N[part.places]
-        if self._drawn_N is not None:
-            weights_N = weights_N * self._weigh(part, batch, completion, student_ND.detach())
-        losses = [self._divergence(part, student_ND, weights_N, graded) for graded in self._graded]
-        return torch.stack(losses).sum()
+        now_N = None
+        if self._drawn_N is not None and has_dropout(module.model):
+            now_N = module.log_probs(batch, completion)[completion.mask_BT]
+
+        def learn(student: States) -> Tensor:
+            weights_N = self._weights_N[part.places]
+            if self._drawn_N is not None:
+                weights_N = weights_N * self._weigh(part, completion, student.detach(), now_N)
+            losses = [self._divergence(part, student, weights_N, by) for by in self._graded]
+            return torch.stack(losses).sum()
+
+        loss, student = learnt(module, batch.student_ids, completion, learn)
+        self._keep(part, student.hidden_ND)
+        return loss
 
     def _divergence(
-        self, part: MicroBatch, student_ND: Tensor, weights_N: Tensor, graded: _Graded
+        self, part: MicroBatch, student: States, weights_N: Tensor, graded: _Graded
     ) -> Tensor:
         """Weighted sum over the tokens that one grader scores; the others cost nothing."""
-        module, student = self.module, head(self.module.model)
-        assert student is not None
+        module = self.module
         if graded.counts_N is not None:
             weights_N = weights_N * graded.counts_N[part.places]
         return head_divergence(
-            student_ND,
-            student,
+            *student,
             graded.hidden_ND[part.places],
             graded.head,
             alpha=module.alpha,
@@ -153,20 +167,16 @@ class HiddenLoss:
         self._hidden_ND[part.places] = student_ND
 
     def _weigh(
-        self, part: MicroBatch, batch: Batch, completion: Rollout, student_ND: Tensor
+        self, part: MicroBatch, completion: Rollout, student: States, now_N: Tensor | None
     ) -> Tensor:
-        """The tokens' importance weights."""
+        """The tokens' importance weights; log-probabilities are the states' when None."""
         module = self.module
         assert self._drawn_N is not None
-        if has_dropout(module.model):
-            now_N = module.log_probs(batch, completion)[completion.mask_BT]
-        else:
+        if now_N is None:
             ids_N = completion.ids_BT[completion.mask_BT]
-            student = head(module.model)
-            assert student is not None
-            now_N = head_log_probs(student_ND, student, ids_N, module.sampling)
+            now_N = head_log_probs(*student, ids_N, module.sampling)
         importance = Importance.of(now_N, self._drawn_N[part.places], module.importance_cap)
-        self._importance.append(importance)
+        self._importance.append(importance.rows(self._counted_N[part.places]))
         return importance.weights_N
 
 

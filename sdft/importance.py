@@ -66,6 +66,10 @@ class Importance:
             torch.cat([part.capped_N for part in parts]),
         )
 
+    def rows(self, chosen_N: Tensor) -> Importance:
+        """The tokens where the mask is true."""
+        return Importance(self.weights_N[chosen_N], self.capped_N[chosen_N])
+
     def scalars(self) -> dict[str, Tensor]:
         """The mean weight and the share of capped tokens, by the names that they are logged by."""
         return {

@@ -25,11 +25,15 @@ class LogitsLoss:
         completion: Their completions.
 
     Attributes:
-        importance: Of all completion tokens, where the rollout came with log-probabilities.
+        sequences: How many of them have tokens that count.
+        importance: Of all completion tokens that count, where the rollout came with
+            log-probabilities.
     """
 
     def __init__(self, module: SDFTModule, batch: Batch, completion: Rollout) -> None:
         self.module, self.batch, self.completion = module, batch, completion
+        self._mask_BT = batch.counted(module.loss_mask(completion))
+        self.sequences = self._mask_BT.any(-1).sum()
         self.importance: Importance | None = None
         self._teacher_BTV: Tensor | None = None
         self._student_BTV: Tensor | None = None
@@ -44,13 +48,15 @@ class LogitsLoss:
         assert teacher_BTV is not None
         student_BTV = module.student_logits(self.batch, completion)
         self._student_BTV = student_BTV.detach()
-        mask_BT = module.loss_mask(completion)
         if completion.logps_BT is None:
-            return module.loss(student_BTV, teacher_BTV, mask_BT)
+            return module.loss(student_BTV, teacher_BTV, self._mask_BT)
         check_weighable(module, "the rollouts have log-probabilities of their own")
-        self.importance = self._weigh(self._student_BTV, completion.logps_BT)
-        weights_BT = unpack(self.importance.weights_N, completion.mask_BT)
-        return sequence_mean(weights_BT * module.divergence(student_BTV, teacher_BTV), mask_BT)
+        importance = self._weigh(self._student_BTV, completion.logps_BT)
+        counted_N = self.batch.counted(completion.mask_BT)[completion.mask_BT]
+        self.importance = importance.rows(counted_N)
+        weights_BT = unpack(importance.weights_N, completion.mask_BT)
+        divergence_BT = module.divergence(student_BTV, teacher_BTV)
+        return sequence_mean(weights_BT * divergence_BT, self._mask_BT)
 
     def _weigh(self, student_BTV: Tensor, drawn_BT: Tensor) -> Importance:
         module, mask_BT = self.module, self.completion.mask_BT
@@ -64,7 +70,8 @@ class LogitsLoss:
     def track(self) -> None:
         """Log what is costly, now and then."""
         assert self._student_BTV is not None
-        self.module.track({}, self.batch.student_ids, self.completion, self._student_BTV)
+        prompts, real = self.batch.student_ids, self.batch.real
+        self.module.track({}, prompts, self.completion, self._student_BTV, real)
 
 
 def check_weighable(module: SDFTModule, why: str) -> None:

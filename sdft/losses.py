@@ -21,6 +21,7 @@ from sdft.chunked import (
     chunked_topk_divergence,
 )
 from sdft.divergence import check_alpha, kl, log_probs, loss_dtype
+from sdft.sharding import local
 from sdft.topk import TopK, topk_divergence, topk_targets
 
 __all__ = [
@@ -162,7 +163,8 @@ def zero_loss(parameters: Iterable[Tensor]) -> Tensor:
     Args:
         parameters: What trains; each gets a gradient.
     """
-    firsts = [value.reshape(-1)[0].float() for value in parameters if value.requires_grad]
+    trained = [local(value) for value in parameters if value.requires_grad]
+    firsts = [value.reshape(-1)[:1].float().sum() for value in trained]  # a shard may be empty
     return 0.0 * torch.stack(firsts).sum()
 
 

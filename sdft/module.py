@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sdft.batch import Batch
 from sdft.buckets import check_top_k
-from sdft.head import head
+from sdft.head import gathered_head
 from sdft.hidden_loss import Grader, HiddenLoss, hidden_in_parts
 from sdft.horizon import Horizon, as_horizon
 from sdft.importance import check_cap, head_log_probs, token_log_probs
@@ -29,6 +29,7 @@ from sdft.losses import (
 )
 from sdft.micro_step import check_micro_batches
 from sdft.packing import unpack
+from sdft.ranks import gathered, part_of_mean, ranks
 from sdft.rollout import Rollout, Sampling, evaluation_mode
 from sdft.states import as_new, heads_known, keeps
 from sdft.student import StudentModule
@@ -148,7 +149,7 @@ class SDFTModule(StudentModule):
         self.phases.enter("track")
         self._log_step(batch, draw, loss.detach(), compared)
         self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        return part_of_mean(loss, compared.sequences)
 
     def _draw(self, batch: Batch, batch_idx: int) -> Draw:
         """The batch's completions, drawn now or ahead."""
@@ -156,10 +157,11 @@ class SDFTModule(StudentModule):
             return Draw(self.rollout(batch), self.global_step, self.drawing.max_new_tokens)
         place = (self.current_epoch, batch_idx, batch)
         draw = self.window.take(*place)
-        if draw is None or (self.stale == "recompute" and draw.version != self.global_step):
+        missing = draw is None or (self.stale == "recompute" and draw.version != self.global_step)
+        if any(gathered(missing)):  # all processes draw together
             look_ahead(self, batch_idx)
             draw = self.window.take(*place)
-            assert draw is not None, "the task stream hands out the batches that it shows ahead"
+        assert draw is not None, "the task stream hands out the batches that it shows ahead"
         return on_device(draw, self.device)
 
     @property
@@ -189,7 +191,7 @@ class SDFTModule(StudentModule):
 
     def rollout(self, batch: Batch) -> Rollout:
         """Sample a completion of every student prompt, without the demonstration."""
-        return self.sample(self.model, batch.student_ids, self.drawing)
+        return self.sample(self.model, batch.student_ids, self.drawing, self.draws(batch))
 
     @torch.no_grad()
     def log_probs(self, batch: Batch, completion: Rollout) -> Tensor:
@@ -200,8 +202,10 @@ class SDFTModule(StudentModule):
         mask_BT = completion.mask_BT
         ids_N = completion.ids_BT[mask_BT]
         with evaluation_mode(self.model):
-            if self.compares_hidden and (own := head(self.model)) is not None:
+            if self.compares_hidden:
                 hidden_ND = hidden_in_parts(self, self.model, batch.student_ids, completion)
+                own = gathered_head(self.model, hidden_ND.dtype)
+                assert own is not None
                 return unpack(head_log_probs(hidden_ND, own, ids_N, self.sampling), mask_BT)
             logits_NV = self.student_logits(batch, completion)[mask_BT]
         return unpack(token_log_probs(logits_NV, ids_N, self.sampling), mask_BT)
@@ -254,18 +258,18 @@ class SDFTModule(StudentModule):
     def _log_step(
         self, batch: Batch, draw: Draw, loss: Tensor, compared: HiddenLoss | LogitsLoss
     ) -> None:
+        self.log_means({"train/divergence": loss}, compared.sequences)
         values: dict[str, float | Tensor] = {
-            "train/divergence": loss,
-            "train/completion_length": draw.completion.lengths_B.float().mean(),
-            "train/truncated": draw.completion.truncated_B.float().mean(),
+            "train/completion_length": batch.mean(draw.completion.lengths_B),
+            "train/truncated": batch.mean(draw.completion.truncated_B),
         }
         if self.horizon is not None:
             values["train/horizon"] = float(draw.limit)
         if self.updates_per_generation > 1:
             values["train/staleness"] = float(self.global_step - draw.version)
-        if compared.importance is not None:
-            values |= compared.importance.scalars()
-        self.log_dict(values, batch_size=len(batch))
+        self.log_means(values, batch.count)
+        if (importance := compared.importance) is not None:
+            self.log_means(importance.scalars(), len(importance.weights_N))
         self.log("divergence", loss, prog_bar=True, logger=False, batch_size=len(batch))
         compared.track()
 
@@ -281,5 +285,5 @@ class SDFTModule(StudentModule):
         """Take back this process's rollouts (see `StudentModule.on_load_checkpoint`)."""
         super().on_load_checkpoint(checkpoint)
         states = checkpoint.get("rollouts", [])
-        if self.updates_per_generation > 1 and self.global_rank < len(states):
+        if self.updates_per_generation > 1 and len(states) == ranks():
             self.window.load_state_dict(states[self.global_rank])

@@ -134,7 +134,11 @@ class GenerateEngine(RolloutEngine):
         config = generation_config(sampling, eos_ids, pad_id)
         config.cache_implementation = self.cache_implementation
         with evaluation_mode(model), _only(model, config):
-            output_BT = cast(Any, model).generate(inputs=ids_BT, attention_mask=mask_BT.long())
+            output_BT = cast(Any, model).generate(
+                inputs=ids_BT,
+                attention_mask=mask_BT.long(),
+                synced_gpus=False,  # a sharded model is whole here: processes need not wait
+            )
         return as_rollout(output_BT[:, ids_BT.shape[1] :], eos_ids, sampling.max_new_tokens)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sdft.batch import counted
+from sdft.flat_sharding import is_flat
 from sdft.head import Head, head
 from sdft.head_losses import head_divergence, head_entropy
 from sdft.losses import sequence_weights
 from sdft.respondent import Respondent
 from sdft.rollout import Rollout
+from sdft.sharding import forwarded
 
 if TYPE_CHECKING:
     from sdft.student import StudentModule
@@ -22,7 +26,10 @@ Prompts = Sequence[Sequence[int]]
 
 
 class States(NamedTuple):
-    """Hidden states that predict completion tokens, `[N, D]`, and the head of their model."""
+    """Hidden states that predict completion tokens, `[N, D]`, and the head of their model.
+
+    The head of a sharded model is in shards outside the model's passes (see `whole`).
+    """
 
     hidden_ND: Tensor
     head: Head
@@ -31,19 +38,57 @@ class States(NamedTuple):
         """The same hidden states without their graph."""
         return States(self.hidden_ND.detach(), self.head)
 
+    def whole(self) -> States:
+        """The same with the whole head; a collective call where it is in shards."""
+        return States(self.hidden_ND, self.head.gathered(self.hidden_ND.dtype))
+
 
 def states(
     module: Respondent, model: PreTrainedModel, prompts: Prompts, completion: Rollout
 ) -> States:
-    """One pass of a model whose head is known (`heads_known`), through `Respondent.hidden`."""
-    known = head(model)
+    """One pass of a model whose head is known (`heads_known`), through `Respondent.hidden`.
+
+    The head is whole; that of a sharded model has a gradient inside `learnt` alone.
+    """
+    hidden_ND, known = module.hidden(model, prompts, completion), head(model)
     assert known is not None, "ask heads_known first"
-    return States(module.hidden(model, prompts, completion), known)
+    return States(hidden_ND, known).whole()
+
+
+def learnt(
+    module: Respondent,
+    prompts: Prompts,
+    completion: Rollout,
+    loss: Callable[[States], Tensor],
+) -> tuple[Tensor, States]:
+    """A loss of the student's hidden states, taken within one pass of the student.
+
+    Args:
+        module: Its student learns.
+        prompts: B prompts, unpadded.
+        completion: B completions.
+        loss: Makes a scalar of the states; these do not outlive the pass.
+
+    Returns:
+        The loss, and the states without their graph; of a sharded student the head is in shards.
+    """
+    model = module.model
+
+    def learn() -> tuple[Tensor, Tensor]:
+        student = states(module, model, prompts, completion)
+        return loss(student), student.hidden_ND.detach()
+
+    value, hidden_ND = forwarded(model, learn)
+    known = head(model)
+    assert known is not None
+    return value, States(hidden_ND, known)
 
 
 def heads_known(*models: PreTrainedModel | None) -> bool:
     """Whether losses behind the heads of all these models can be taken from hidden states."""
-    return all(model is not None and head(model) is not None for model in models)
+    return all(
+        model is not None and not is_flat(model) and head(model) is not None for model in models
+    )
 
 
 def keeps(module: object, home: type, *names: str) -> bool:
@@ -88,18 +133,20 @@ def taught_by(
         alpha: 0 forward KL, 1 reverse KL, between: JSD.
 
     Returns:
-        The loss, and the student's hidden states that it came from.
+        The loss, and the student's hidden states that it came from (see `learnt`).
     """
     module.phases.enter("score")
     with torch.no_grad():
         teacher = states(module, lesson.teacher, lesson.teacher_prompts, lesson.completion)
     module.phases.enter("update")
-    student = states(module, module.model, lesson.prompts, lesson.completion)
     weights_N = lesson.weights_BT[lesson.completion.mask_BT]
-    divergence_N = head_divergence(
-        *student, *teacher, alpha=alpha, temperature=temperature, weights_N=weights_N
-    )
-    return divergence_N.sum(), student
+
+    def divergence(student: States) -> Tensor:
+        return head_divergence(
+            *student, *teacher, alpha=alpha, temperature=temperature, weights_N=weights_N
+        ).sum()
+
+    return learnt(module, lesson.prompts, lesson.completion, divergence)
 
 
 @torch.no_grad()
@@ -109,27 +156,30 @@ def track_states(
     prompts: list[list[int]],
     completion: Rollout,
     student: States,
+    real: Sequence[bool] | None = None,
 ) -> None:
     """`StudentModule.track` from hidden states.
 
     Args:
         module: Logs.
-        values: Named scalars.
+        values: Named scalars: means over the rows.
         prompts: B prompts, unpadded.
         completion: The B completions that were trained on.
         student: The student's, detached.
+        real: Whether each row counts (see `Batch.real`); all do when None.
     """
     if module.logs_this_step:
-        values |= figures(
-            module, completion, student, lambda base: states(module, base, prompts, completion)
-        )
-    module.log_dict(values, batch_size=len(prompts))
+        mask_BT = counted(completion.mask_BT, real)
+        weights_N = sequence_weights(mask_BT)[completion.mask_BT]
+        of_base = partial(states, module, prompts=prompts, completion=completion)
+        values |= figures(module, weights_N, student.whole(), of_base)
+    module.log_means(values, len(prompts) if real is None else sum(real))
 
 
 @torch.no_grad()
 def figures(
     module: StudentModule,
-    completion: Rollout,
+    weights_N: Tensor,
     student: States,
     of_base: Callable[[PreTrainedModel], States],
 ) -> dict[str, Tensor]:
@@ -137,11 +187,10 @@ def figures(
 
     Args:
         module: Tracks the base, or not.
-        completion: B completions.
-        student: The student's hidden states.
+        weights_N: Of the completion tokens, for the mean.
+        student: The student's hidden states and its whole head.
         of_base: Computes the base's.
     """
-    weights_N = sequence_weights(completion.mask_BT)[completion.mask_BT]
     values = {"train/entropy": (weights_N * head_entropy(*student)).sum()}
     base = module.base if module.track_base else None
     if base is not None and heads_known(base):

@@ -61,11 +61,11 @@ def open_store(
     Raises:
         ValueError: A store that was changed or damaged.
     """
+    found = find_store(roots, label, made_from)
+    if found is not None:
+        return found
     mark = fingerprint(made_from)
     name = f"{label}-{mark[:16]}"
-    for root in roots:
-        if (root / name / MANIFEST).is_file():
-            return _read(root / name, mark)
     roots[0].mkdir(parents=True, exist_ok=True)
     with atomic_folder(roots[0] / name) as temporary:
         facts = make(temporary)
@@ -76,6 +76,20 @@ def open_store(
         (temporary / MANIFEST).write_text(text, encoding="utf-8")
     found = _read(roots[0] / name, mark)
     return Store(found.folder, found.facts, found.sizes, reused=False)
+
+
+def find_store(roots: Sequence[Path], label: str, made_from: Mapping[str, Any]) -> Store | None:
+    """The store that was made from exactly this, if a root has it.
+
+    Raises:
+        ValueError: It was changed or damaged.
+    """
+    mark = fingerprint(made_from)
+    for root in roots:
+        folder = root / f"{label}-{mark[:16]}"
+        if (folder / MANIFEST).is_file():
+            return _read(folder, mark)
+    return None
 
 
 def _read(folder: Path, mark: str) -> Store:

@@ -13,6 +13,8 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from sdft.adapters import is_adapted, own_parameters, twin
+from sdft.ranks import summed
+from sdft.sharding import gathered, is_sharded, local, original
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -45,8 +47,9 @@ def set_weights(model: PreTrainedModel, source: PreTrainedModel) -> None:
 def squared_distance(first: PreTrainedModel, second: PreTrainedModel) -> Tensor:
     """‖first − second‖² over all parameters, fp32."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
-    terms = [(a.detach().float() - b.detach().float()).square().sum() for a, b in pairs]
-    return torch.stack(terms).sum()
+    terms = [(local(a.detach()).float() - local(b.detach())).square().sum() for a, b in pairs]
+    total = torch.stack(terms).sum()
+    return summed(total) if is_sharded(first) else total
 
 
 def trained_parameters(model: PreTrainedModel) -> dict[str, Parameter]:
@@ -56,9 +59,12 @@ def trained_parameters(model: PreTrainedModel) -> dict[str, Parameter]:
 
 def identity(model: PreTrainedModel) -> dict[str, str]:
     """What a checkpoint must share with the model that it is loaded into."""
+    known = getattr(model, "sdft_identity", None)
+    if isinstance(known, dict):  # of a model whose parameters no longer show their shape
+        return known
     shapes = sorted((name, tuple(value.shape)) for name, value in model.named_parameters())
     return {
-        "architecture": type(model).__name__,
+        "architecture": original(model).__name__,
         "parameters": str(sum(value.numel() for value in model.parameters())),
         "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
     }
@@ -69,7 +75,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        flat = value.detach().cpu().contiguous().view(-1)
+        flat = gathered(value.detach()).cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

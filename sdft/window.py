@@ -18,9 +18,9 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import distributed
 
 from sdft.batch import Batch
+from sdft.ranks import gathered
 from sdft.rollout import Rollout
 from sdft.run import task_stream
 from sdft.seeding import derive_seed
@@ -140,11 +140,7 @@ def _split(completion: Rollout, batches: Sequence[Batch]) -> list[Rollout]:
 
 def of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The state of every process: each draws its own rollouts, and one writes the checkpoint."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [state]
-    states: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(states, state)
-    return states
+    return gathered(state)
 
 
 def _digest(batch: Batch) -> int:

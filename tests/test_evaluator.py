@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,9 +68,9 @@ def test_passes_are_those_of_the_samples(
     drawn: dict[tuple[int, ...], list[str]] = {}
     real = module.respond
 
-    def respond(prompts: list[list[int]], sampling: Sampling) -> list:  # type: ignore[type-arg]
+    def respond(prompts: list[list[int]], sampling: Sampling, draws: Any) -> list[Any]:
         assert sampling == Sampling(module.greedy.max_new_tokens, temperature=1.5)
-        responses = real(prompts, sampling)
+        responses = real(prompts, sampling, draws)
         for prompt, response in zip(prompts, responses, strict=True):
             drawn.setdefault(tuple(prompt), []).append(response.text)
         return responses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from sdft.batch import Batch, Origin
 from sdft.losses import check_alpha, sequence_mean, sequence_weights, token_divergence
 from sdft.methods.sft import SFTModule
+from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout, Sampling
 from sdft.states import Lesson, heads_known, keeps, taught_by
 
@@ -60,22 +62,27 @@ class ReinvokeModule(SFTModule):
         supervised, general = batch.of("new", "past"), batch.of("general")
         losses = []
         if len(supervised):
-            losses.append(len(supervised) * super().training_step(supervised, batch_idx))
+            losses.append(supervised.total * super().training_step(supervised, batch_idx))
         if len(general):
-            losses.append(len(general) * self.reinvoke(general))
-        return torch.stack(losses).sum() / len(batch)
+            losses.append(general.total * self.reinvoke(general))
+        return torch.stack(losses).sum() / batch.total
 
     def reinvoke(self, batch: Batch) -> Tensor:
         """Mean divergence from the base on the student's own answers to bare prompts; logged."""
         assert self.base is not None
         self.phases.enter("generate")
-        completion = self.sample(self.model, batch.student_ids, self.sampling)
+        completion = self.sample(self.model, batch.student_ids, self.sampling, self.draws(batch))
         distil = self._distil_states if self.distils_states else self._distil_logits
         loss = distil(batch, completion)
+        sequences = self._counting(batch, completion).any(-1).sum()
         self.phases.enter("track")
-        self._log_answers(completion, loss.detach())
+        self._log_answers(batch, completion, loss.detach(), sequences)
         self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        return part_of_mean(loss, sequences)
+
+    def _counting(self, batch: Batch, completion: Rollout) -> Tensor:
+        positions_T = torch.arange(completion.mask_BT.shape[1], device=completion.mask_BT.device)
+        return batch.counted(completion.mask_BT & (positions_T >= self.skip_first_tokens))
 
     @property
     def distils_states(self) -> bool:
@@ -89,9 +96,8 @@ class ReinvokeModule(SFTModule):
 
     def _distil_states(self, batch: Batch, completion: Rollout) -> Tensor:
         assert self.base is not None
-        positions_T = torch.arange(completion.mask_BT.shape[1], device=completion.mask_BT.device)
-        mask_BT = completion.mask_BT & (positions_T >= self.skip_first_tokens)
-        prompts, weights_BT = batch.student_ids, sequence_weights(mask_BT)
+        weights_BT = sequence_weights(self._counting(batch, completion))
+        prompts = batch.student_ids
         lesson = Lesson(prompts, self.base, prompts, completion, weights_BT)
         return taught_by(self, lesson, self.sampling.temperature, self.alpha)[0]
 
@@ -102,7 +108,8 @@ class ReinvokeModule(SFTModule):
             base_BTV = self.logits(self.base, batch.student_ids, completion)
         self.phases.enter("update")
         student_BTV = self.logits(self.model, batch.student_ids, completion)
-        return self.divergence(student_BTV, base_BTV, completion)
+        counted = replace(completion, mask_BT=batch.counted(completion.mask_BT))
+        return self.divergence(student_BTV, base_BTV, counted)
 
     def divergence(
         self, student_logits_BTV: Tensor, base_logits_BTV: Tensor, completion: Rollout
@@ -116,11 +123,13 @@ class ReinvokeModule(SFTModule):
         skip = self.skip_first_tokens
         return sequence_mean(per_token_BT[:, skip:], completion.mask_BT[:, skip:])
 
-    def _log_answers(self, completion: Rollout, loss: Tensor) -> None:
+    def _log_answers(
+        self, batch: Batch, completion: Rollout, loss: Tensor, sequences: Tensor
+    ) -> None:
+        self.log_means({"reinvoke/divergence": loss}, sequences)
         values = {
-            "reinvoke/divergence": loss,
-            "reinvoke/completion_length": completion.lengths_B.float().mean(),
-            "reinvoke/truncated": completion.truncated_B.float().mean(),
+            "reinvoke/completion_length": batch.mean(completion.lengths_B),
+            "reinvoke/truncated": batch.mean(completion.truncated_B),
         }
-        self.log_dict(values, batch_size=len(completion.ids_BT))
+        self.log_means(values, batch.count)
         self.log("divergence", loss, prog_bar=True, logger=False, batch_size=len(completion.ids_BT))

@@ -10,8 +10,9 @@ from torch import Tensor
 from sdft.batch import Batch, pad
 from sdft.head_losses import head_cross_entropy
 from sdft.losses import sequence_weights, token_cross_entropy
+from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout
-from sdft.states import States, as_new, heads_known, keeps, states, track_states
+from sdft.states import States, as_new, heads_known, keeps, learnt, track_states
 from sdft.student import StudentModule
 
 Track = Callable[[dict[str, Tensor]], None]
@@ -39,22 +40,24 @@ class SFTModule(StudentModule):
     def supervised(self, batch: Batch) -> Tensor:
         """Mean loss of the batch's targets; logged."""
         target = self.targets(batch)
-        return self.fitted(batch, target, sequence_weights(target.mask_BT))
+        mask_BT = batch.counted(target.mask_BT)
+        return self.fitted(batch, target, sequence_weights(mask_BT), mask_BT.any(-1).sum())
 
-    def fitted(self, batch: Batch, target: Rollout, weights_BT: Tensor) -> Tensor:
-        """Weighted sum of the target tokens' losses; logged.
+    def fitted(self, batch: Batch, target: Rollout, weights_BT: Tensor, count: Tensor) -> Tensor:
+        """This process's part of a mean of the target tokens' losses; logged.
 
         Args:
             batch: B rows.
             target: Their targets.
-            weights_BT: 0 at padding.
+            weights_BT: Make the mean of this process's tokens; 0 at padding.
+            count: How many things it is the mean of: sequences, or tokens.
         """
         fit = self._fit_states if self.fits_states else self._fit_logits
         loss, track = fit(batch, target, weights_BT)
         self.phases.enter("track")
-        self._log_step(batch, target, loss, track)
+        self._log_step(batch, target, loss, count, track)
         self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        return part_of_mean(loss, count)
 
     @property
     def fits_states(self) -> bool:
@@ -73,10 +76,14 @@ class SFTModule(StudentModule):
     def _fit_states(
         self, batch: Batch, target: Rollout, weights_BT: Tensor
     ) -> tuple[Tensor, Track]:
-        mask_BT = target.mask_BT
-        student = states(self, self.model, batch.student_ids, target)
-        loss = self.state_loss(student, target.ids_BT[mask_BT], weights_BT[mask_BT]).sum()
-        return loss, self.tracking(batch.student_ids, target, student)
+        targets_N, weights_N = target.ids_BT[target.mask_BT], weights_BT[target.mask_BT]
+        loss, student = learnt(
+            self,
+            batch.student_ids,
+            target,
+            lambda student: self.state_loss(student, targets_N, weights_N).sum(),
+        )
+        return loss, self.tracking(batch, target, student)
 
     def _fit_logits(
         self, batch: Batch, target: Rollout, weights_BT: Tensor
@@ -84,8 +91,7 @@ class SFTModule(StudentModule):
         logits_BTV = self.logits(self.model, batch.student_ids, target)
         per_token_BT = self.token_loss(logits_BTV, target.ids_BT)
         loss = (weights_BT * per_token_BT)[target.mask_BT].sum()
-        prompts, detached_BTV = batch.student_ids, logits_BTV.detach()
-        return loss, lambda values: self.track(values, prompts, target, detached_BTV)
+        return loss, self.tracking_logits(batch, target, logits_BTV)
 
     def token_loss(self, logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
         """The loss of each target token, `[B, T]`: its negative log-likelihood."""
@@ -95,10 +101,15 @@ class SFTModule(StudentModule):
         """`token_loss` from hidden states, times the tokens' weights: `[N]`."""
         return head_cross_entropy(*student, targets_N, weights_N=weights_N)
 
-    def tracking(self, prompts: list[list[int]], target: Rollout, student: States) -> Track:
-        """What logs a step whose loss came from these hidden states."""
-        detached = student.detach()
-        return lambda values: track_states(self, values, prompts, target, detached)
+    def tracking(self, batch: Batch, target: Rollout, student: States) -> Track:
+        """What logs a step whose loss came from these hidden states, without their graph."""
+        prompts, real = batch.student_ids, batch.real
+        return lambda values: track_states(self, values, prompts, target, student, real)
+
+    def tracking_logits(self, batch: Batch, target: Rollout, logits_BTV: Tensor) -> Track:
+        """What logs a step whose loss came from whole logits."""
+        prompts, real, detached_BTV = batch.student_ids, batch.real, logits_BTV.detach()
+        return lambda values: self.track(values, prompts, target, detached_BTV, real)
 
     def targets(self, batch: Batch) -> Rollout:
         """The demonstrations as completions, each ended by the end-of-sequence token."""
@@ -111,10 +122,9 @@ class SFTModule(StudentModule):
         eos = self.tokenizer.eos_token_id
         return [*ids, eos] if eos is not None else list(ids)
 
-    def _log_step(self, batch: Batch, target: Rollout, loss: Tensor, track: Track) -> None:
-        values = {
-            "train/loss": loss.detach(),
-            "train/completion_length": target.lengths_B.float().mean(),
-        }
-        track(values)
+    def _log_step(
+        self, batch: Batch, target: Rollout, loss: Tensor, count: Tensor, track: Track
+    ) -> None:
+        self.log_means({"train/loss": loss.detach()}, count)
+        track({"train/completion_length": batch.mean(target.lengths_B)})
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))

@@ -21,9 +21,10 @@ from sdft.generated import ANSWERS, Request, read_answers
 from sdft.head_losses import head_topk_divergence, head_topk_targets
 from sdft.losses import sequence_weights, token_divergence, zero_loss
 from sdft.methods.offline import OfflineModule
+from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
-from sdft.states import Lesson, heads_known, states, taught_by
+from sdft.states import Lesson, heads_known, learnt, states, taught_by
 from sdft.stores import Store
 from sdft.target_file import SOFT_TARGETS, SoftTargets, write_soft_targets
 from sdft.topk import TopK, topk_divergence, topk_targets
@@ -188,11 +189,12 @@ class SoftTargetModule(OfflineModule):
         rows, places = self.answered(batch, batch.student_ids, batch_idx)
         assert len(rows) == len(batch), "mixtures draw no prompt without an answer"
         completion = self.completions(places)
-        weights_BT = sequence_weights(completion.mask_BT)
+        mask_BT = rows.counted(completion.mask_BT)
+        sequences = mask_BT.any(-1).sum()
         distil = self._distil_states if self.distils_states else self._distil_logits
-        loss = distil(rows, places, completion, weights_BT)
-        self.log("train/distillation", loss.detach(), batch_size=len(batch))
-        return loss
+        loss = distil(rows, places, completion, sequence_weights(mask_BT))
+        self.log_means({"train/distillation": loss.detach()}, sequences)
+        return part_of_mean(loss, sequences)
 
     @property
     def distils_states(self) -> bool:
@@ -205,11 +207,14 @@ class SoftTargetModule(OfflineModule):
         temperature = self.sampling.temperature
         prompts, weights_N = batch.student_ids, weights_BT[completion.mask_BT]
         if self._stored is not None:
-            student = states(self, self.model, prompts, completion)
             target = self._stored.rows(places, weights_N.device)
-            return head_topk_divergence(
-                *student, target, temperature=temperature, weights_N=weights_N
-            ).sum()
+            options = {"temperature": temperature, "weights_N": weights_N}
+            return learnt(
+                self,
+                prompts,
+                completion,
+                lambda student: head_topk_divergence(*student, target, **options).sum(),
+            )[0]
         assert self.base is not None
         lesson = Lesson(prompts, self.base, prompts, completion, weights_BT)
         return taught_by(self, lesson, temperature)[0]

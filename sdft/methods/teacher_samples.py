@@ -7,18 +7,20 @@ answers itself and once: what on-policy learning is measured against (arXiv 2601
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sdft.batch import Batch
+from sdft.batch import Batch, pad
 from sdft.checks import AnyCheck
 from sdft.encoded import Encoded
 from sdft.generated import Request
 from sdft.losses import sequence_weights, token_divergence, zero_loss
 from sdft.methods.offline import OfflineModule
 from sdft.methods.sft import Track
+from sdft.ranks import part_of_mean, ranks
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
 from sdft.states import Lesson, heads_known, taught_by
@@ -91,20 +93,31 @@ class TeacherSampleModule(OfflineModule):
         """The loss of the samples of the batch's rows."""
         self.phases.enter("update")
         rows, places = self.answered(batch, batch.teacher_ids, batch_idx)
-        without = 1 - len(rows) / len(batch)
-        self.log("train/without_sample", without, batch_size=len(batch))
-        if not places:
+        without = 1 - rows.count / max(batch.count, 1)
+        self.log_means({"train/without_sample": without}, batch.count)
+        if not places and ranks() == 1:
             return zero_loss(self.model.parameters())
         completion = self.completions(places)
-        weights_BT = sequence_weights(completion.mask_BT)
+        if not places:  # other processes may have some, and none passes through the model alone
+            rows, completion = self._nothing(batch)
+        mask_BT = rows.counted(completion.mask_BT)
+        weights_BT, sequences = sequence_weights(mask_BT), mask_BT.any(-1).sum()
         if self.loss_kind == "hard":
-            return self.fitted(rows, completion, weights_BT)
+            return self.fitted(rows, completion, weights_BT, sequences)
         distil = self._distil_states if self.distils_states else self._distil_logits
         loss, track = distil(rows, completion, weights_BT)
         self.phases.enter("track")
-        self._log_step(rows, completion, loss, track)
+        self._log_step(rows, completion, loss, sequences, track)
         self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        return part_of_mean(loss, sequences)
+
+    def _nothing(self, batch: Batch) -> tuple[Batch, Rollout]:
+        """A row and a completion of one token that do not count."""
+        row = batch.rows([0])
+        assert row.share is not None
+        row.share = replace(row.share, real=(False,))
+        ids_BT, mask_BT = pad([[self.pad_id]], self.pad_id, "right", self.device)
+        return row, Rollout(ids_BT, mask_BT, torch.zeros(1, dtype=torch.bool))
 
     @property
     def distils_states(self) -> bool:
@@ -117,7 +130,7 @@ class TeacherSampleModule(OfflineModule):
         assert self.base is not None
         lesson = Lesson(batch.student_ids, self.base, batch.teacher_ids, completion, weights_BT)
         loss, student = taught_by(self, lesson, self.sampling.temperature)
-        return loss, self.tracking(batch.student_ids, completion, student)
+        return loss, self.tracking(batch, completion, student)
 
     def _distil_logits(
         self, batch: Batch, completion: Rollout, weights_BT: Tensor
@@ -133,8 +146,7 @@ class TeacherSampleModule(OfflineModule):
             logits_BTV.float() / temperature, teacher_BTV.float() / temperature
         )
         loss = (weights_BT * per_token_BT)[completion.mask_BT].sum()
-        prompts, detached_BTV = batch.student_ids, logits_BTV.detach()
-        return loss, lambda values: self.track(values, prompts, completion, detached_BTV)
+        return loss, self.tracking_logits(batch, completion, logits_BTV)
 
 
 def _key(item: Encoded) -> tuple[int, ...]:

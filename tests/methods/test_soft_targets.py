@@ -226,7 +226,9 @@ def test_distillation_keeps_the_student_near_the_base(fit: Any, model_dir: Path)
         completion = module.completions([module.book._places[p][0] for p in prompts])
         with torch.no_grad():
             logits = completion_logits(module.student.eval(), prompts, completion, 0)
-        kept[weight] = module.kl_to_base([list(p) for p in prompts], completion, logits).item()
+        kept[weight] = module.kl_to_base(
+            [list(p) for p in prompts], completion, logits, completion.mask_BT
+        ).item()
     assert kept[0.5] < 0.3 * kept[0.0]
 
 
