@@ -39,7 +39,9 @@ def test_shares_differ_by_a_row_per_origin_at_most() -> None:
 
 def encoded(origins: list[Origin]) -> list[Encoded]:
     examples = echo_examples(len(origins))
-    return [Encoded(e, [i], [i, i], o) for i, (e, o) in enumerate(zip(examples, origins))]
+    return [
+        Encoded(e, [i], [i, i], o) for i, (e, o) in enumerate(zip(examples, origins, strict=True))
+    ]
 
 
 def test_alone_a_batch_is_no_share() -> None:
