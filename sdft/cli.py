@@ -23,6 +23,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import sdft.methods
 import sdft.mixtures
@@ -59,6 +60,8 @@ COMMANDS: dict[str, str] = {
     "self_edits": "sdft.self_edits.command",
 }
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
+
+SYNC = "It is recommended to use `self.log"  # values are those of all processes already
 
 EPILOG = f"Beside these: {', '.join(COMMANDS)} (python -m sdft COMMAND --help)."
 
@@ -140,7 +143,7 @@ def check_writable(root: Path) -> None:
     Raises:
         ValueError: It cannot be made or written.
     """
-    probe = root / ".sdft-write-probe"
+    probe = root / f".sdft-write-probe-{os.getpid()}"  # several processes may ask at once
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
@@ -238,12 +241,19 @@ def _run_lightning(args: list[str] | None) -> None:
 
 def _quiet() -> None:
     """Silence what is no news here: the teacher is in eval mode on purpose, and advertisements."""
-    for noise in ("does not have many workers", "in eval mode at the start", "isinstance.treespec"):
+    for noise in (
+        "does not have many workers",
+        "in eval mode at the start",
+        "isinstance.treespec",
+        SYNC,
+    ):
         warnings.filterwarnings("ignore", message=f".*{noise}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip: For seamless" not in record.getMessage()
     )
     transformers.utils.logging.disable_progress_bar()
+    if rank_zero_only.rank:  # the first process says it for all
+        logging.getLogger("sdft").setLevel(logging.ERROR)
 
 
 __all__ = ["SDFTCLI", "SDFTModule", "main"]

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn import Module
 from torch.optim import Optimizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 MINUTES = 10.0
 
@@ -126,6 +128,47 @@ class ShardedStrategy(ModelParallelStrategy):
         held = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         named = _renamed(state, dict(enumerate(held)))
         set_optimizer_state_dict(self.model, optimizer, named, options=_options(broadcast=True))
+
+
+class FlatShardedStrategy(FSDPStrategy):
+    """FSDP1, the older kind of sharding: GPUs only, and with limits (docs/multi_gpu.md).
+
+    Args:
+        timeout_minutes: How long a process waits for the others before the run ends with an error.
+        process_group_backend: How processes talk: `nccl` when unset.
+
+    Raises:
+        ValueError: A timeout that is not above 0.
+    """
+
+    def __init__(
+        self, timeout_minutes: float = MINUTES, process_group_backend: str | None = None
+    ) -> None:
+        super().__init__(
+            process_group_backend=process_group_backend,
+            timeout=_timeout(timeout_minutes),
+            auto_wrap_policy=_is_decoder_layer,
+            state_dict_type="full",
+            use_orig_params=True,
+        )
+
+    def setup_environment(self) -> None:
+        """Refuse what torch would refuse later.
+
+        Raises:
+            ValueError: There is no GPU.
+        """
+        if self.root_device.type == "cpu":
+            raise ValueError(
+                "trainer.strategy: FSDP1 needs GPUs, found trainer.accelerator 'cpu': take "
+                "configs/fsdp.yaml, which shards on CPUs, too"
+            )
+        super().setup_environment()
+
+
+def _is_decoder_layer(module: Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """torch's question: whether to look below a module, and whether to wrap it."""
+    return recurse or isinstance(module, GradientCheckpointingLayer)
 
 
 def _options(broadcast: bool = False) -> StateDictOptions:
