@@ -53,6 +53,16 @@ class ModelShape:
         return self.layers * (attention + mlp + norms) + self.hidden + self.vocab * self.hidden
 
     @property
+    def root_parameters(self) -> int:
+        """Parameters outside the decoder layers: embedding, last norm, and a head of its own."""
+        return self.hidden + (1 if self.tied else 2) * self.vocab * self.hidden
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        return (self.parameters - self.root_parameters) // self.layers
+
+    @property
     def kv_values(self) -> int:
         """Numbers that the key-value cache holds per token."""
         return 2 * self.layers * self.kv_heads * self.head_dim
