@@ -7,7 +7,7 @@ gradient scattered by one. How often, phase by phase:
 * rollout: every group once, and the root once more to begin with; whole until the rollout's end;
 * teacher: every group once, and the head once more, for the loss holds it whole;
 * student: every group once in the forward and once in the backward pass, and scattered once;
-* clipping: the norm, one number;
+* clipping: the norms of all parameters, in one call;
 * optimizer and teacher's average: nothing, they work on shards.
 
 `tools/count_collectives.py` counts the same in real processes.
@@ -15,7 +15,6 @@ gradient scattered by one. How often, phase by phase:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +36,8 @@ class Collective:
         size: Bytes of the whole tensors, of all calls together: what a gather makes, what a
             scatter or a reduction takes.
         formula: Of the calls and of the size.
-        exposed: Of `size`, the bytes that no arithmetic can hide.
+        exposed_calls: Of `calls`, those that no arithmetic can hide.
+        exposed_size: Of `size`, theirs.
     """
 
     phase: CommunicationPhase
@@ -45,7 +45,8 @@ class Collective:
     calls: int
     size: float
     formula: str
-    exposed: float
+    exposed_calls: int
+    exposed_size: float
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Network:
         within: Bytes per second that a GPU receives from the others of its machine.
         between: Bytes per second that a GPU receives from other machines.
         reached: Share of either that collective calls reach.
-        latency: Seconds that each of the n − 1 rounds of a call takes, however little it sends.
+        latency: Seconds that each of the G − 1 rounds of a call takes, however little it sends.
     """
 
     gpus_per_node: int = 8
@@ -88,7 +89,7 @@ class Network:
         return self.reached * min(self.within, self.gpus_per_node * self.between)
 
     def seconds(self, kind: Kind, calls: float, size: float, gpus: int) -> float:
-        """Of ring collectives: (n − 1)/n · size / bandwidth + calls · (n − 1) · latency.
+        """Of ring collectives: (G − 1)/G · size / bandwidth + calls · (G − 1) · latency.
 
         A reduction is a scatter and a gather: twice that.
 
@@ -96,7 +97,7 @@ class Network:
             kind: Of call.
             calls: How many.
             size: Bytes, of all calls together.
-            gpus: n.
+            gpus: G.
         """
         if gpus == 1:
             return 0.0
@@ -109,7 +110,6 @@ def collectives(
     shape: ModelShape,
     passes: int = 1,
     weight_bytes: int = 2,
-    teacher: bool = True,
     clipped: bool = True,
 ) -> list[Collective]:
     """The collective calls of one optimizer step with sharded weights, whatever the processes.
@@ -118,33 +118,38 @@ def collectives(
         shape: Of student and teacher.
         passes: Forward and backward passes over which the batch is divided.
         weight_bytes: Of a gathered weight: 2 under bf16-mixed, 4 in fp32.
-        teacher: Whether there is one that scores.
         clipped: Whether the gradient's norm is clipped.
     """
     groups, size = shape.layers + 1, shape.parameters
     root, head = shape.root_parameters, shape.vocab * shape.hidden
-    found = [_gather("rollout", groups + 1, size + root, "L + 2", "P + R", weight_bytes)]
-    if teacher:
-        found.append(
-            _gather(
-                "teacher",
-                passes * (groups + 1),
-                passes * (size + head),
-                "m·(L + 2)",
-                "m·(P + V·D)",
-                weight_bytes,
-                exposed=passes * (root + head),
-            )
-        )
-    found += [
-        _gather(
+    everything = weight_bytes * (size + root)
+    found = [
+        Collective(
+            "rollout",
+            "all-gather",
+            groups + 1,
+            everything,
+            f"L + 2 calls, {weight_bytes} B × (P + R)",
+            groups + 1,
+            everything,
+        ),
+        Collective(
+            "teacher",
+            "all-gather",
+            passes * (groups + 1),
+            passes * weight_bytes * (size + head),
+            f"m·(L + 2) calls, {weight_bytes} B × m·(P + V·D)",
+            2 * passes,
+            passes * weight_bytes * (root + head),
+        ),
+        Collective(
             "student",
-            passes * 2 * groups,
-            passes * 2 * size,
-            "m·2·(L + 1)",
-            "m·2·P",
-            weight_bytes,
-            exposed=passes * 2 * root,
+            "all-gather",
+            2 * passes * groups,
+            2 * passes * weight_bytes * size,
+            f"2m·(L + 1) calls, {weight_bytes} B × 2m·P",
+            2 * passes,
+            2 * passes * weight_bytes * root,
         ),
         Collective(
             "student",
@@ -152,23 +157,13 @@ def collectives(
             passes * groups,
             passes * _REDUCED * size,
             f"m·(L + 1) calls, {_REDUCED} B × m·P",
+            passes,
             passes * _REDUCED * root,
         ),
     ]
     if clipped:
-        found.append(Collective("clipping", "all-reduce", 1, 4, "1 call, 4 B", 4))
+        norms = _REDUCED * shape.tensors
+        found.append(
+            Collective("clipping", "all-reduce", 1, norms, "1 call, 4 B × tensors", 1, norms)
+        )
     return found
-
-
-def _gather(
-    phase: CommunicationPhase,
-    calls: int,
-    weights: float,
-    calls_formula: str,
-    weights_formula: str,
-    weight_bytes: int,
-    exposed: float = math.inf,
-) -> Collective:
-    size = weight_bytes * weights
-    formula = f"{calls_formula} calls, {weight_bytes} B × {weights_formula}"
-    return Collective(phase, "all-gather", calls, size, formula, min(size, weight_bytes * exposed))

@@ -126,9 +126,7 @@ class SDFTModule(StudentModule):
         student_logits_BTV = self.student_logits(batch, completion)
         loss = self.loss(student_logits_BTV, teacher_logits_BTV, self._counting(batch, completion))
         logits_BTV = student_logits_BTV.detach()
-        return loss, lambda: self.track(
-            {}, batch.student_ids, completion, logits_BTV, batch.real
-        )
+        return loss, lambda: self.track({}, batch.student_ids, completion, logits_BTV, batch.real)
 
     def _compare_hidden(
         self, batch: Batch, completion: Rollout
@@ -143,7 +141,10 @@ class SDFTModule(StudentModule):
         self.phases.enter("update")
 
         def compare() -> tuple[Tensor, Tensor]:
-            student_ND, student = self.hidden(self.model, batch.student_ids, completion), head(self.model)
+            student_ND, student = (
+                self.hidden(self.model, batch.student_ids, completion),
+                head(self.model),
+            )
             assert student is not None
             divergence_N = head_divergence(
                 student_ND,

@@ -63,6 +63,11 @@ class ModelShape:
         return (self.parameters - self.root_parameters) // self.layers
 
     @property
+    def tensors(self) -> int:
+        """Parameters as the optimizer counts them: matrices, biases and norms."""
+        return self.layers * (12 if self.qkv_bias else 9) + (2 if self.tied else 3)
+
+    @property
     def kv_values(self) -> int:
         """Numbers that the key-value cache holds per token."""
         return 2 * self.layers * self.kv_heads * self.head_dim

@@ -10,14 +10,14 @@ with `sdft.communication.collectives`. Nothing is timed. The exit status is 1 wh
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import socket
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,54 @@ from sdft.shapes import ModelShape
 from sdft.sharding import forwarded, shard, whole
 from sdft.weights import frozen_copy
 
-TIED = (False, True)
 KINDS = {"allgather": "all-gather", "reducescatter": "reduce-scatter", "allreduce": "all-reduce"}
 PROMPTS = [[3, 9, 10], [4, 11, 12, 13, 9], [3, 10]]
 SHOWN = [[5, 6, 7, *prompt] for prompt in PROMPTS]
 Key = tuple[str, str]
 """Phase and kind of call."""
+Counts = dict[Key, tuple[int, int]]
+"""Calls, and bytes of the whole tensors."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step.
+
+    Attributes:
+        layers: Decoder layers of student and teacher.
+        tied: Whether the head is the embedding.
+        precision: The trainer's.
+        passes: Forward and backward passes of the step.
+    """
+
+    layers: int = 2
+    tied: bool = False
+    precision: str = "32-true"
+    passes: int = 1
+
+    def model(self) -> LlamaForCausalLM:
+        """A tiny Llama whose every first dimension 4 divides, so that no shard is padded."""
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=self.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=self.tied,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+        return LlamaForCausalLM(config).eval()
+
+    def expected(self) -> Counts:
+        """By the formulas."""
+        shape = ModelShape.from_config(self.model().config)
+        weight_bytes = 4 if self.precision == "32-true" else 2
+        found = collectives(shape, self.passes, weight_bytes)
+        return {(call.phase, call.kind): (call.calls, int(call.size)) for call in found}
 
 
 class Counting(TorchDispatchMode):
@@ -83,37 +125,19 @@ class Counting(TorchDispatchMode):
         return result
 
 
-def make_model(layers: int, tied: bool) -> LlamaForCausalLM:
-    """A tiny Llama whose every dimension up to 4 processes divide, so that no shard is padded."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def step(layers: int, tied: bool, precision: str, passes: int) -> Counting:
-    """One optimizer step of sharded models, counted."""
-    student = make_model(layers, tied).train()
+def counted(case: Case) -> Counts:
+    """One optimizer step of sharded models, in every process of a group."""
+    student = case.model().train()
     teacher = frozen_copy(student)
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     for model in (student, teacher):
-        shard(model, mesh, precision)
+        shard(model, mesh, case.precision)
         head(model)  # the first use checks it, once per run
     optimizer = torch.optim.AdamW(student.parameters())
     counting = Counting()
     with counting.during("rollout"), whole(student):
         completion = DecodeEngine().generate(student, PROMPTS, Sampling(6), [1], 0)
-    for _ in range(passes):
+    for _ in range(case.passes):
         update(student, teacher, completion, counting)
     with counting.during("clipping"):
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -121,7 +145,7 @@ def step(layers: int, tied: bool, precision: str, passes: int) -> Counting:
         optimizer.step()
     with counting.during("average"):
         update_average(teacher, student, 0.01)
-    return counting
+    return {key: (calls, counting.bytes[key]) for key, calls in counting.calls.items()}
 
 
 def update(student: Any, teacher: Any, completion: Rollout, counting: Counting) -> None:
@@ -142,9 +166,72 @@ def update(student: Any, teacher: Any, completion: Rollout, counting: Counting) 
         forwarded(student, compare).backward()
 
 
-def expected(layers: int, tied: bool, precision: str, passes: int) -> dict[Key, tuple[int, int]]:
-    """Calls and bytes by the formulas."""
-    shape = ModelShape.from_config(make_model(layers, tied).config)
-    weight_bytes = 4 if precision == "32-true" else 2
-    found = collectives(shape, passes=passes, weight_bytes=weight_bytes)
-    return {(c.phase, c.kind): (c.calls, int(c.size)) for c in found}
+# ---------------------------------------------------------------- processes
+
+
+def work(rank: int, ranks: int, cases: list[Case], folder: str) -> None:
+    """One of several processes: counts every case, and writes down what it found."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks
+    )
+    found = [counted(case) for case in cases]
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def count(ranks: int, cases: list[Case]) -> list[Counts]:
+    """What so many processes count, case by case; each of them counts the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, (ranks, cases, folder), nprocs=ranks)
+        found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
+    assert all(each == found[0] for each in found), "processes differ in their calls"
+    return found[0]
+
+
+def table(ranks: int, case: Case, found: Counts) -> str:
+    """Counts beside formulas, in Markdown."""
+    expected = case.expected()
+    rows = [
+        f"| {ranks} | {case.layers} | {case.passes} | {'tied' if case.tied else 'untied'}, "
+        f"{case.precision} | {key[0]} | {key[1]} | {_cells(found.get(key))} | "
+        f"{_cells(expected.get(key))} |"
+        for key in dict.fromkeys([*expected, *found])
+    ]
+    return "\n".join(rows)
+
+
+def _cells(counts: tuple[int, int] | None) -> str:
+    return "0, 0" if counts is None else f"{counts[0]}, {counts[1]:,}"
+
+
+HEAD = """| ranks | layers | passes | model | phase | call | counted: calls, bytes | by formula |
+|---|---|---|---|---|---|---|---|"""
+
+
+def main() -> int:
+    """Print the table; 1 where counts and formulas differ."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 5])
+    parser.add_argument("--passes", type=int, nargs="+", default=[1, 2])
+    given = parser.parse_args()
+    cases = [
+        Case(layers, tied, precision, passes)
+        for layers in given.layers
+        for passes in given.passes
+        for tied, precision in ((False, "32-true"), (True, "bf16-mixed"))
+    ]
+    print(HEAD)
+    differ = False
+    for ranks in given.ranks:
+        for case, found in zip(cases, count(ranks, cases), strict=True):
+            print(table(ranks, case, found))
+            differ |= found != case.expected()
+    print("counts and formulas DIFFER" if differ else "counts and formulas agree")
+    return int(differ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -70,9 +70,7 @@ class ReinvokeModule(SFTModule):
         """Mean divergence from the base on the student's own answers to bare prompts; logged."""
         assert self.base is not None
         self.phases.enter("generate")
-        completion = self.sample(
-            self.model, batch.student_ids, self.sampling, self.draws(batch)
-        )
+        completion = self.sample(self.model, batch.student_ids, self.sampling, self.draws(batch))
         self.phases.enter("score")
         with torch.no_grad():
             base_BTV = self.logits(self.base, batch.student_ids, completion)
