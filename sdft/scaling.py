@@ -174,11 +174,13 @@ def divided_table(scaling: Scaling) -> str:
     work = replace(work, batch=max(scaling.gpus))
     rows = []
     for name, shape in scaling.models.items():
-        times = [total_time(scaling.times(shape, gpus, work)).total for gpus in scaling.gpus]
+        lines = [scaling.times(shape, gpus, work) for gpus in scaling.gpus]
+        times = [total_time(each).total for each in lines]
         faster = [f"{times[0] / time:.1f}" for time in times[1:]]
-        rows.append([name, *map(figure, times), *faster])
+        rows.append([name, *map(figure, times), *faster, bottleneck(lines[-1]).name])
     heads = ["model", *(f"{_gpus(gpus)}, s" for gpus in scaling.gpus)]
     heads += [f"times faster on {gpus}" for gpus in scaling.gpus[1:]]
+    heads.append(f"longest on {scaling.gpus[-1]}")
     return _table(f"{work.batch} prompts per step in all", heads, rows)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sdft.budget import Device, StepTime, Storage, Workload, step_time
@@ -63,7 +63,9 @@ def time_lines(
 ) -> list[TimeLine]:
     """The lines of a step's time, each with its formula; without communication on one GPU."""
     parts = step_time(shape, work, keep, device).parts
-    lines = [TimeLine(name, _WORK[name][0], parts[name], _WORK[name][1]) for name in parts]
+    lines = [TimeLine(name, share, parts[name], text) for name, (share, text) in _WORK.items()]
+    if not keep.checkpointing:
+        lines = [replace(line, formula=line.formula.replace("8P", "6P")) for line in lines]
     if keep.gpus == 1:
         return lines
     sent = collectives(shape, passes_of(work, keep))

@@ -10,6 +10,7 @@ with `sdft.communication.collectives`. Nothing is timed. The exit status is 1 wh
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -60,12 +61,14 @@ class Case:
         tied: Whether the head is the embedding.
         precision: The trainer's.
         passes: Forward and backward passes of the step.
+        recomputes: Whether the backward pass computes activations anew.
     """
 
     layers: int = 2
     tied: bool = False
     precision: str = "32-true"
     passes: int = 1
+    recomputes: bool = False
 
     def model(self) -> LlamaForCausalLM:
         """A tiny Llama whose every first dimension 4 divides, so that no shard is padded."""
@@ -129,6 +132,8 @@ def counted(case: Case) -> Counts:
     """One optimizer step of sharded models, in every process of a group."""
     student = case.model().train()
     teacher = frozen_copy(student)
+    if case.recomputes:
+        student.gradient_checkpointing_enable()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     for model in (student, teacher):
         shard(model, mesh, case.precision)
@@ -172,6 +177,7 @@ def update(student: Any, teacher: Any, completion: Rollout, counting: Counting) 
 def work(rank: int, ranks: int, cases: list[Case], folder: str) -> None:
     """One of several processes: counts every case, and writes down what it found."""
     warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks
@@ -193,19 +199,21 @@ def count(ranks: int, cases: list[Case]) -> list[Counts]:
 def table(ranks: int, case: Case, found: Counts) -> str:
     """Counts beside formulas, in Markdown."""
     expected = case.expected()
+    kinds = ["tied" if case.tied else "untied", case.precision]
+    kind = ", ".join(kinds + ["recomputes"] * case.recomputes)
     rows = [
-        f"| {ranks} | {case.layers} | {case.passes} | {'tied' if case.tied else 'untied'}, "
-        f"{case.precision} | {key[0]} | {key[1]} | {_cells(found.get(key))} | "
-        f"{_cells(expected.get(key))} |"
+        [ranks, case.layers, case.passes, kind, *key, _cells(found, key), _cells(expected, key)]
         for key in dict.fromkeys([*expected, *found])
     ]
-    return "\n".join(rows)
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in rows)
 
 
-def _cells(counts: tuple[int, int] | None) -> str:
-    return "0, 0" if counts is None else f"{counts[0]}, {counts[1]:,}"
+def _cells(counts: Counts, key: Key) -> str:
+    calls, size = counts.get(key, (0, 0))
+    return f"{calls}, {size:,}"
 
 
+VARIANTS = ((False, "32-true", False), (True, "bf16-mixed", True))
 HEAD = """| ranks | layers | passes | model | phase | call | counted: calls, bytes | by formula |
 |---|---|---|---|---|---|---|---|"""
 
@@ -218,10 +226,10 @@ def main() -> int:
     parser.add_argument("--passes", type=int, nargs="+", default=[1, 2])
     given = parser.parse_args()
     cases = [
-        Case(layers, tied, precision, passes)
+        Case(layers, tied, precision, passes, recomputes)
         for layers in given.layers
         for passes in given.passes
-        for tied, precision in ((False, "32-true"), (True, "bf16-mixed"))
+        for tied, precision, recomputes in VARIANTS
     ]
     print(HEAD)
     differ = False
