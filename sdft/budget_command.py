@@ -33,7 +33,7 @@ def main(args: list[str]) -> int:
         keep = replace(keep, gpus=given.gpus)
     if given.scaling:
         models = {given.model: find_shape(given.model)} if given.model else known_models()
-        print("\n\n".join(tables(Scaling(work, keep, device, network, models))))
+        _print_scaling(Scaling(work, keep, device, network, models), given.json)
         return 0
     if given.model is None:
         raise ValueError(f"--model is missing: a known shape ({', '.join(SHAPES)}) or a model")
@@ -45,6 +45,22 @@ def main(args: list[str]) -> int:
     else:
         print(_text(given.model, shape, lines, times, device))
     return 0 if peak(lines) <= device.memory else 1
+
+
+def _print_scaling(scaling: Scaling, as_json: bool) -> None:
+    if not as_json:
+        print("\n\n".join(tables(scaling)))
+        return
+    records = {
+        name: {
+            gpus: _record(
+                shape, scaling.memory(shape, gpus), scaling.times(shape, gpus), scaling.device
+            )
+            for gpus in scaling.gpus
+        }
+        for name, shape in scaling.models.items()
+    }
+    print(json.dumps(records, indent=1))
 
 
 def _parser() -> ArgumentParser:
@@ -62,7 +78,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--scaling",
         action="store_true",
-        help="print Markdown tables for 1, 8 and 64 GPUs, work.batch prompts on each",
+        help="tables in Markdown for 1, 8 and 64 GPUs, work.batch prompts on each",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

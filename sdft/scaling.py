@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sdft.budget import Device, Storage, Workload, memory_lines, peak
+from sdft.budget import Device, Line, Storage, Workload, memory_lines, peak
 from sdft.communication import Network, collectives
 from sdft.shapes import SHAPES, ModelShape
 from sdft.step_time import TimeLine, bottleneck, passes_of, time_lines, total_time
@@ -60,10 +60,9 @@ class Scaling:
         work = self.workload(gpus) if work is None else work
         return time_lines(shape, work, self.storage(gpus), self.device, self.network)
 
-    def peak(self, shape: ModelShape, gpus: int, **changes: Any) -> float:
-        """Bytes per GPU at the worst moment."""
-        keep = self.storage(gpus, **changes)
-        return peak(memory_lines(shape, self.workload(gpus), keep))
+    def memory(self, shape: ModelShape, gpus: int, **changes: Any) -> list[Line]:
+        """The lines of the memory budget, per GPU."""
+        return memory_lines(shape, self.workload(gpus), self.storage(gpus, **changes))
 
 
 def known_models(names: Iterable[str] = MODELS) -> dict[str, ModelShape]:
@@ -97,7 +96,7 @@ def peaks_table(scaling: Scaling) -> str:
 
 
 def _fitting(scaling: Scaling, shape: ModelShape, gpus: int, **changes: Any) -> str:
-    size = scaling.peak(shape, gpus, **changes)
+    size = peak(scaling.memory(shape, gpus, **changes))
     text = figure(size / 1e9)
     return f"**{text}**" if size <= scaling.device.memory else text
 
@@ -106,7 +105,7 @@ def memory_table(scaling: Scaling) -> str:
     """Each line of the memory budget with its formula."""
 
     def lines(shape: ModelShape, gpus: int) -> dict[tuple[str, ...], float]:
-        found = memory_lines(shape, scaling.workload(gpus), scaling.storage(gpus))
+        found = scaling.memory(shape, gpus)
         return {(x.name, x.phase, _sharded(x.name, x.formula)): x.size / 1e9 for x in found}
 
     caption = f"Memory per GPU line by line, GB, on {_counts(scaling)} GPUs"

@@ -100,6 +100,15 @@ def test_the_command_reckons_with_communication(capsys: pytest.CaptureFixture[st
     assert slow["bottleneck"] == "communication: student"
 
 
+def test_the_tables_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["budget", "--scaling", "--json", "--model", "qwen2.5-7b"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["qwen2.5-7b"]
+    assert list(found["qwen2.5-7b"]) == ["1", "8", "64"]
+    assert not found["qwen2.5-7b"]["1"]["fits"]
+    assert found["qwen2.5-7b"]["64"]["fits"]
+
+
 def test_the_command_wants_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["budget"]) == 2
     assert "--model is missing" in capsys.readouterr().err
