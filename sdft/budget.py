@@ -9,6 +9,7 @@ every token, the rest is arithmetic.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -86,6 +87,10 @@ class Storage:
             raise ValueError(f"lora_rank must be 0 or more, found {self.lora_rank}")
         if self.quantization != "none" and self.lora_rank == 0:
             raise ValueError("quantization needs a lora_rank: weights of 4 bits cannot be trained")
+        if self.lora_rank > 0 and self.gpus > 1:
+            raise ValueError(
+                f"gpus must be 1 with a lora_rank, found {self.gpus}: adapters are not sharded"
+            )
 
 
 @dataclass(frozen=True)
@@ -156,11 +161,29 @@ def _weight_lines(shape: ModelShape, keep: Storage) -> list[Line]:
     ):
         if each:
             lines.append(Line(name, each * per_gpu, f"{each} B × P"))
-    if keep.weights == "float32":
-        phases: tuple[Phase, Phase] = ("rollout", "update")
-        size = 2 * per_gpu
-        lines += [Line("bf16 casts of the weights", size, "2 B × P", phase) for phase in phases]
+    lines += _cast_lines(shape, keep) if keep.gpus == 1 else _gathered_lines(shape, keep)
     return lines
+
+
+def _cast_lines(shape: ModelShape, keep: Storage) -> list[Line]:
+    """Beside the weights of a model that is not sharded."""
+    if keep.weights == "bfloat16":
+        return []
+    phases: tuple[Phase, Phase] = ("rollout", "update")
+    size = 2 * shape.parameters
+    return [Line("bf16 casts of the weights", size, "2 B × P", phase) for phase in phases]
+
+
+def _gathered_lines(shape: ModelShape, keep: Storage) -> list[Line]:
+    """What a sharded model holds whole: all of it for a rollout, then two layers at a time."""
+    root, layer = shape.root_parameters, shape.layer_parameters
+    passing = root + 2 * layer  # the layer that runs, and the next one on its way
+    head = shape.vocab * shape.hidden  # the teacher's, for the loss
+    return [
+        Line("gathered weights", 2 * shape.parameters, "2 B × P", "rollout"),
+        Line("gathered weights", 2 * (passing + head), "2 B × (R + 2·layer + V·D)", "update"),
+        Line("gradients to scatter", 4 * (root + layer), "4 B × (R + layer)", "update"),
+    ]
 
 
 def _rollout_lines(shape: ModelShape, work: Workload, keep: Storage) -> list[Line]:
@@ -203,12 +226,21 @@ def peak(lines: list[Line]) -> float:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step by phase, and of an SFT step on the same tokens."""
+    """Seconds of one optimizer step by phase, and of an SFT step on the same tokens.
+
+    Attributes:
+        generate: Decoding and prefill.
+        score: The teacher's forward pass.
+        update: The student's passes, optimizer and average.
+        sft: The student's passes and the optimizer.
+        parts: The same, one by one.
+    """
 
     generate: float
     score: float
     update: float
     sft: float = field(default=0.0)
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -217,7 +249,9 @@ class StepTime:
 
 
 def step_time(shape: ModelShape, work: Workload, keep: Storage, device: Device) -> StepTime:
-    """Seconds of an SDFT step by the cost model; data parallel over `keep.gpus`, no communication.
+    """Seconds of an SDFT step by the cost model; data parallel over `keep.gpus`.
+
+    Communication is left out (`sdft.step_time` adds it).
 
     Decoding: Σ_t max[(2P + B·(Tp+t)·kv)/bandwidth, 2P·B/FLOPs]; prefill 2P·B·Tp, teacher
     2P·B·(Tp+Td+Tc), student 6P·B·(Tp+Tc) FLOPs (8P with recomputation); AdamW ≈ 30·P bytes and the
@@ -225,7 +259,7 @@ def step_time(shape: ModelShape, work: Workload, keep: Storage, device: Device) 
     latter two is theirs.
     """
     matrix = shape.matrix_parameters
-    batch = work.batch / keep.gpus
+    batch = math.ceil(work.batch / keep.gpus)
     cache = 2 * shape.kv_values
     decode = 0.0
     for step in range(work.completion):
@@ -239,10 +273,19 @@ def step_time(shape: ModelShape, work: Workload, keep: Storage, device: Device) 
     trained = shape.adapter_parameters(keep.lora_rank) if keep.lora_rank else shape.parameters
     traffic = (30 * trained / keep.gpus) / device.bandwidth
     average = (14 * trained / keep.gpus) / device.bandwidth if keep.teacher != "none" else 0
-    update = passes * matrix * student_tokens / rate + traffic
+    student = passes * matrix * student_tokens / rate
+    score = 2 * matrix * teacher_tokens / rate
     return StepTime(
         generate=decode / device.mbu + prefill,
-        score=2 * matrix * teacher_tokens / rate,
-        update=update + average,
-        sft=update,
+        score=score,
+        update=student + traffic + average,
+        sft=student + traffic,
+        parts={
+            "decode": decode / device.mbu,
+            "prefill": prefill,
+            "teacher": score,
+            "student": student,
+            "optimizer": traffic,
+            "average": average,
+        },
     )

@@ -67,6 +67,21 @@ class ModelShape:
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
+    def root_parameters(self) -> int:
+        """Parameters outside the decoder layers: embedding, last norm, and a head of its own."""
+        return self.hidden + (1 if self.tied else 2) * self.vocab * self.hidden
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        return (self.parameters - self.root_parameters) // self.layers
+
+    @property
+    def tensors(self) -> int:
+        """Parameters as the optimizer counts them: matrices, biases and norms."""
+        return self.layers * (12 if self.qkv_bias else 9) + (2 if self.tied else 3)
+
+    @property
     def kv_values(self) -> int:
         """Numbers that the key-value cache holds per token."""
         return 2 * self.layers * self.kv_heads * self.head_dim

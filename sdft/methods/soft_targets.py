@@ -24,7 +24,7 @@ from sdft.methods.offline import OfflineModule
 from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
-from sdft.states import Lesson, heads_known, learnt, states, taught_by
+from sdft.states import Lesson, States, heads_known, learnt, states, taught_by
 from sdft.stores import Store
 from sdft.target_file import SOFT_TARGETS, SoftTargets, write_soft_targets
 from sdft.topk import TopK, topk_divergence, topk_targets
@@ -208,13 +208,13 @@ class SoftTargetModule(OfflineModule):
         prompts, weights_N = batch.student_ids, weights_BT[completion.mask_BT]
         if self._stored is not None:
             target = self._stored.rows(places, weights_N.device)
-            options = {"temperature": temperature, "weights_N": weights_N}
-            return learnt(
-                self,
-                prompts,
-                completion,
-                lambda student: head_topk_divergence(*student, target, **options).sum(),
-            )[0]
+
+            def divergence(student: States) -> Tensor:
+                return head_topk_divergence(
+                    *student, target, temperature=temperature, weights_N=weights_N
+                ).sum()
+
+            return learnt(self, prompts, completion, divergence)[0]
         assert self.base is not None
         lesson = Lesson(prompts, self.base, prompts, completion, weights_BT)
         return taught_by(self, lesson, temperature)[0]
