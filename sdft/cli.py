@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
+from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import sdft.methods
 import sdft.mixtures
@@ -252,7 +252,7 @@ def _quiet() -> None:
         lambda record: "Tip: For seamless" not in record.getMessage()
     )
     transformers.utils.logging.disable_progress_bar()
-    if rank_zero_only.rank:  # the first process says it for all
+    if getattr(rank_zero_only, "rank", None):  # the first process says it for all
         logging.getLogger("sdft").setLevel(logging.ERROR)
 
 
