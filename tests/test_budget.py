@@ -192,3 +192,8 @@ def test_4_bits_without_adapters_are_refused() -> None:
         Storage(quantization="nf4")
     with pytest.raises(ValueError, match="lora_rank must be 0 or more"):
         Storage(lora_rank=-1)
+
+
+def test_adapters_are_not_sharded() -> None:
+    with pytest.raises(ValueError, match="gpus must be 1 with a lora_rank, found 8"):
+        Storage(lora_rank=16, gpus=8)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 from conftest import make_gpt2, make_model, make_qwen2
 from lightning.pytorch import Trainer
 from torch import nn
 
+from sdft.adapter_training import AdapterTraining
+from sdft.lora import LoRA
+from sdft.placement import spread
 from sdft.sharding import (
     blocks,
     forwarded,
@@ -67,3 +73,15 @@ def test_fsdp1_wraps_decoder_layers_alone() -> None:
     layer = make_model().model.layers[0]
     assert policy(module=layer, recurse=False, nonwrapped_numel=1)
     assert not policy(module=nn.Linear(2, 2), recurse=False, nonwrapped_numel=1)
+
+
+@pytest.mark.parametrize("kind", [ShardedStrategy, FlatShardedStrategy])
+def test_adapters_need_whole_weights(kind: type) -> None:
+    module = SimpleNamespace(
+        _trainer=True,
+        trainer=SimpleNamespace(strategy=kind()),
+        device_mesh=object() if kind is ShardedStrategy else None,
+        adapters=AdapterTraining(LoRA(2), None),
+    )
+    with pytest.raises(ValueError, match=rf"model\.lora works with whole .* {kind.__name__}"):
+        spread(cast(Any, module), [], [])

@@ -28,6 +28,7 @@ from sdft.callbacks import (
     StageCheckpoint,
     StageWatch,
 )
+from sdft.lora import LoRA
 from sdft.losses import sequence_mean, token_divergence
 from sdft.methods import (
     AnchorReplayModule,
@@ -42,6 +43,7 @@ from sdft.mixtures import GeneralPrompts, PastReplay, Reinvoke
 from sdft.module import SDFTModule
 from sdft.optim import AdamWBF16
 from sdft.penalties import EWC, L2ToStart
+from sdft.rollout import Rollout
 from sdft.run import run_folder
 from sdft.scorers import Scorer
 from sdft.sharding import is_sharded
@@ -69,6 +71,15 @@ class OwnLoss(SDFTModule):
 
     def loss(self, student: Tensor, teacher: Tensor, mask_BT: Tensor) -> Tensor:
         return sequence_mean(token_divergence(student, teacher, 0.5).sqrt(), mask_BT)
+
+
+class OwnScore(SDFTModule):
+    """Logits of its own: whole ones, whose loss can be weighted."""
+
+    method = "own_score"
+
+    def student_logits(self, batch: Batch, completion: Rollout) -> Tensor:
+        return 1.5 * super().student_logits(batch, completion)
 
 
 class Kept(Callback):
@@ -129,6 +140,14 @@ CASES: dict[str, dict[str, Any]] = {
         "watch": {"every_n_steps": 1, "on_drop": "stop", "max_drop": 0.0},
     },
     "one model per task": {"data": {"from_base_each_task": True}},
+    "rollouts drawn ahead": {"options": {"updates_per_generation": 3}},
+    "a horizon, the likeliest tokens": {
+        "options": {"horizon": 3, "divergence_top_k": 4, "rollouts_per_prompt": 2}
+    },
+    "whole logits, drawn ahead": {
+        "module": partial(sdft_module, kind=OwnScore),
+        "options": {"updates_per_generation": 2},
+    },
     "l2": {"options": lambda: {"penalty": L2ToStart(0.5)}},
     "ewc": {"options": lambda: {"penalty": EWC(5.0, examples=3)}},
     "sft": {"module": other(SFTModule)},
@@ -162,6 +181,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+REPLICATED: dict[str, Any] = {
+    "adapters": {"options": lambda: {"lora": LoRA(2, 4.0)}},
+    "adapters and micro-batches": {
+        "options": lambda: {"lora": LoRA(2, 4.0), "micro_batch_tokens": 12}
+    },
+    "micro-batches": {"options": {"micro_batch_tokens": 12, "updates_per_generation": 2}},
+}
+"""What needs whole weights in every process."""
+
+
 RESUMED: dict[str, Any] = {
     "options": {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.2, momentum=0.9)},
     "teacher": partial(EMATeacher, rate=0.1, every_n_steps=2),
@@ -174,7 +203,7 @@ ROUGH: dict[str, Any] = {
 }
 """A run whose noise is another for each shard: reproducible, but not that of one process."""
 
-ALL = CASES | {"resumed": RESUMED, "rough": ROUGH}
+ALL = CASES | REPLICATED | {"resumed": RESUMED, "rough": ROUGH}
 
 
 def case_callbacks(folder: Path, every_step: bool) -> list[Callback]:

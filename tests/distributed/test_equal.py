@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, REPLICATED
 from runs import ran
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,6 +68,23 @@ def test_two_processes_leave_what_one_leaves(strategy: str, group: tuple[str, ..
         assert_close(*states, name)
         assert_close(report, expected_report, name)
         assert checkpoint["global_step"] == expected["global_step"] > 0
+
+
+def test_what_needs_whole_weights_works_with_ddp() -> None:
+    names = tuple(REPLICATED)
+    alone, together = ran("one", names), ran("ddp", names)
+    for name in names:
+        kept, checkpoint, report = left(together, name)
+        expected_kept, expected, expected_report = left(alone, name)
+        assert_close(without_own(kept["steps"]), without_own(expected_kept["steps"]), name)
+        # Factors of a teacher over adapters are not unique; its products are in the steps.
+        found, wanted = (
+            {k: v for k, v in c["state_dict"].items() if k.startswith("student.")}
+            for c in (checkpoint, expected)
+        )
+        assert_close(found, wanted, name)
+        assert_close(report, expected_report, name)
+        assert kept["steps"][-1]["train/kl_base_student"] > 1e-5
 
 
 def test_the_cases_train_something() -> None:
