@@ -41,11 +41,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
     """Yield a new, empty folder beside `path`; on success it becomes `path`.
 
     Where another process has made `path` meanwhile, that one stays and this one's is removed. When
     the block raises, nothing is left.
+
+    Args:
+        path: The folder.
+        replace: Put it in the place of a folder that is there, which is then deleted.
 
     Raises:
         OSError: The parent folder is missing or not writable, or the disk is full.
@@ -55,13 +59,33 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for child in temporary.iterdir():
-            with open(child, "rb") as file:
-                os.fsync(file.fileno())
-        try:
-            os.rename(temporary, path)
-        except OSError:
-            if not path.is_dir():
-                raise
+        for child in temporary.rglob("*"):
+            if child.is_file():
+                with open(child, "rb") as file:
+                    os.fsync(file.fileno())
+        if replace and path.is_dir():
+            _exchange(temporary, path)
+        else:
+            _rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        if not path.is_dir():
+            raise
+
+
+def _exchange(temporary: Path, path: Path) -> None:
+    """Two renames: no system call of Python's exchanges folders at once."""
+    aside = temporary.with_suffix(".old")
+    os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        os.rename(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

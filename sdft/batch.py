@@ -65,6 +65,19 @@ class Batch:
         repeated.share = self.share and self.share.repeat(times)
         return repeated
 
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """The rows of several batches, one after another."""
+        shares = [batch.share for batch in batches if batch.share is not None]
+        assert len(shares) in (0, len(batches)), "all of them dealt, or none"
+        return cls(
+            [example for batch in batches for example in batch.examples],
+            [ids for batch in batches for ids in batch.student_ids],
+            [ids for batch in batches for ids in batch.teacher_ids],
+            [origin for batch in batches for origin in batch.origins],
+            Share.joined(shares) if shares else None,
+        )
+
     def of(self, *origins: Origin) -> Batch:
         """The rows of these origins, in their order; may be empty."""
         chosen = self.rows([row for row, origin in enumerate(self.origins) if origin in origins])

@@ -19,6 +19,8 @@ Phase = Literal["always", "rollout", "update"]
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 STATE_BYTES = {"adamw": 8, "adamw_bf16": 4, "adamw_8bit": 2, "sgd": 0}
 COPY_BYTES = {"float32": 4, "bfloat16": 2, "none": 0}
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # 8 bits more per 64 weights, and fp32 per 256 of those
+TEACHER_RANKS = 4  # the teacher's rank over the student's
 _CHUNK = 1024  # rows of logits at a time
 _CHUNK_COPIES = 4  # fp32 [chunk, V] tensors alive at once in the chunked divergence
 _FULL_COPIES = 6  # fp32 [N, V] tensors alive at once in the plain one: both sides, probabilities
@@ -62,6 +64,8 @@ class Storage:
         base: Of the tracked base; `none` without `track_base`.
         checkpointing: Recompute activations in the backward pass.
         full_logits: Hold all logits of a micro-batch in place of chunks.
+        lora_rank: Of adapters that train in place of the weights; 0 trains the weights.
+        quantization: `nf4` keeps the base's linear layers in 4 bits; with adapters alone.
         gpus: Over how many the weights, gradients, states and copies are sharded.
     """
 
@@ -71,11 +75,17 @@ class Storage:
     base: Literal["float32", "bfloat16", "none"] = "none"
     checkpointing: bool = True
     full_logits: bool = False
+    lora_rank: int = 0
+    quantization: Literal["none", "nf4"] = "none"
     gpus: int = 1
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise ValueError(f"gpus must be at least 1, found {self.gpus}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 or more, found {self.lora_rank}")
+        if self.quantization != "none" and self.lora_rank == 0:
+            raise ValueError("quantization needs a lora_rank: weights of 4 bits cannot be trained")
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,30 @@ class Device:
 
 def memory_lines(shape: ModelShape, work: Workload, keep: Storage) -> list[Line]:
     """The lines of the memory budget, per GPU."""
+    held = _adapter_lines(shape, keep) if keep.lora_rank else _weight_lines(shape, keep)
+    return [*held, *_rollout_lines(shape, work, keep), *_update_lines(shape, work, keep)]
+
+
+def _adapter_lines(shape: ModelShape, keep: Storage) -> list[Line]:
+    """A base that is shared by student, teacher and base, and fp32 adapters."""
+    rank, weight = keep.lora_rank, WEIGHT_BYTES[keep.weights]
+    adapters = shape.adapter_parameters(rank) / keep.gpus
+    packed = shape.linear_parameters if keep.quantization == "nf4" else 0
+    size = (weight * (shape.parameters - packed) + NF4_BYTES * packed) / keep.gpus
+    formula = f"{weight} B × P" + (f", {NF4_BYTES:.3f} B per packed weight" if packed else "")
+    states = STATE_BYTES[keep.optimizer]
+    lines = [
+        Line("base", size, formula),
+        Line("adapters", 4 * adapters, f"4 B × A, A = {rank}·Σ(in + out)"),
+        Line("gradients", 4 * adapters, "4 B × A"),
+        Line(f"optimizer ({keep.optimizer})", states * adapters, f"{states} B × A"),
+    ]
+    if keep.teacher != "none":
+        lines.append(Line("teacher", 4 * TEACHER_RANKS * adapters, f"4 B × {TEACHER_RANKS}·A"))
+    return lines
+
+
+def _weight_lines(shape: ModelShape, keep: Storage) -> list[Line]:
     per_gpu = shape.parameters / keep.gpus
     weight = WEIGHT_BYTES[keep.weights]
     lines = [
@@ -126,7 +160,7 @@ def memory_lines(shape: ModelShape, work: Workload, keep: Storage) -> list[Line]
         phases: tuple[Phase, Phase] = ("rollout", "update")
         size = 2 * per_gpu
         lines += [Line("bf16 casts of the weights", size, "2 B × P", phase) for phase in phases]
-    return [*lines, *_rollout_lines(shape, work, keep), *_update_lines(shape, work, keep)]
+    return lines
 
 
 def _rollout_lines(shape: ModelShape, work: Workload, keep: Storage) -> list[Line]:
@@ -187,7 +221,8 @@ def step_time(shape: ModelShape, work: Workload, keep: Storage, device: Device) 
 
     Decoding: Σ_t max[(2P + B·(Tp+t)·kv)/bandwidth, 2P·B/FLOPs]; prefill 2P·B·Tp, teacher
     2P·B·(Tp+Td+Tc), student 6P·B·(Tp+Tc) FLOPs (8P with recomputation); AdamW ≈ 30·P bytes and the
-    EMA ≈ 14·P bytes of traffic.
+    EMA ≈ 14·P bytes of traffic. Under adapters the weights need no gradient (2P less), and P of the
+    latter two is theirs.
     """
     matrix = shape.matrix_parameters
     batch = work.batch / keep.gpus
@@ -200,11 +235,10 @@ def step_time(shape: ModelShape, work: Workload, keep: Storage, device: Device) 
     prefill = 2 * matrix * batch * work.prompt / rate
     teacher_tokens = batch * (work.prompt + work.demonstration + work.completion)
     student_tokens = batch * (work.prompt + work.completion)
-    passes = 8 if keep.checkpointing else 6
-    traffic = (30 * shape.parameters / keep.gpus) / device.bandwidth
-    average = (
-        (14 * shape.parameters / keep.gpus) / device.bandwidth if keep.teacher != "none" else 0
-    )
+    passes = (8 if keep.checkpointing else 6) - (2 if keep.lora_rank else 0)
+    trained = shape.adapter_parameters(keep.lora_rank) if keep.lora_rank else shape.parameters
+    traffic = (30 * trained / keep.gpus) / device.bandwidth
+    average = (14 * trained / keep.gpus) / device.bandwidth if keep.teacher != "none" else 0
     update = passes * matrix * student_tokens / rate + traffic
     return StepTime(
         generate=decode / device.mbu + prefill,

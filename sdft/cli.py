@@ -15,20 +15,21 @@ import zipfile
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import sdft.methods
 import sdft.mixtures
 import sdft.penalties  # noqa: F401 - the same
 from sdft.callbacks import (
+    ConfigFile,
     CostReport,
     EMATeacher,
     ModelExport,
@@ -39,10 +40,14 @@ from sdft.callbacks import (
     StageProgressBar,
     StageWatch,
 )
+from sdft.checkpoint_reader import check_harmless
 from sdft.data import ContinualDataModule
 from sdft.messages import check_yaml, clear_message
 from sdft.module import SDFTModule
+from sdft.redaction import check_filled, redacted_text
 from sdft.student import StudentModule
+
+log = logging.getLogger(__name__)
 
 TRACEBACK = "SDFT_TRACEBACK"
 """Set this environment variable to see the Python traceback behind an error."""
@@ -50,6 +55,8 @@ TRACEBACK = "SDFT_TRACEBACK"
 COMMANDS: dict[str, str] = {
     "budget": "sdft.budget_command",
     "compare": "sdft.comparison.command",
+    "export": "sdft.export.command",
+    "generate": "sdft.generate_command",
     "self_edits": "sdft.self_edits.command",
 }
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
@@ -75,7 +82,7 @@ class Parser(LightningArgumentParser):
         """Print the line and exit with status 2."""
         if not self.exit_on_error:  # a parser within the parser: the outermost one speaks
             super().error(message, ex)
-        print(f"sdft: error: {clear_message(message)}", file=sys.stderr)
+        print(f"sdft: error: {redacted_text(clear_message(message))}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -101,12 +108,17 @@ class SDFTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the output folder, resolve `ckpt_path`, load checkpoints without pickle."""
         config = self.config[self.subcommand]
+        check_filled(config.as_dict())
         root = Path(config["trainer"]["default_root_dir"] or os.getcwd())
         check_writable(root)
         if config.get("ckpt_path"):
             config["ckpt_path"] = str(find_checkpoint(config["ckpt_path"], root))
         if config.get("weights_only") is None:
             config["weights_only"] = True
+        if not config["weights_only"]:
+            log.warning("weights_only is off: a checkpoint may run code of its own")
+        elif config.get("ckpt_path"):
+            check_harmless(Path(config["ckpt_path"]))
         clip = config["trainer"]["gradient_clip_val"]
         if clip is not None and not clip >= 0:
             raise ValueError(f"trainer.gradient_clip_val must be 0 or more, found {clip}")
@@ -204,10 +216,8 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(
-            f"sdft: error: {clear_message(str(error))}\n(set {TRACEBACK}=1 for the traceback)",
-            file=sys.stderr,
-        )
+        told = redacted_text(clear_message(str(error)))
+        print(f"sdft: error: {told}\n(set {TRACEBACK}=1 for the traceback)", file=sys.stderr)
         return 2
     return 0
 
@@ -219,6 +229,7 @@ def _run_lightning(args: list[str] | None) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        save_config_callback=ConfigFile,
         seed_everything_default=0,
         trainer_defaults=dict(TRAINER_DEFAULTS),
         save_config_kwargs={"overwrite": True},
@@ -241,7 +252,7 @@ def _quiet() -> None:
         lambda record: "Tip: For seamless" not in record.getMessage()
     )
     transformers.utils.logging.disable_progress_bar()
-    if rank_zero_only.rank:  # the first process says it for all
+    if cast(Any, rank_zero).rank_zero_only.rank:  # the first process says it for all
         logging.getLogger("sdft").setLevel(logging.ERROR)
 
 

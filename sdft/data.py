@@ -262,6 +262,16 @@ class ContinualDataModule(LightningDataModule):
         self._loader = StageLoader(self.mixed_batches(stage), own_share(), stage)
         return self._loader
 
+    def coming(self, start: int, end: int) -> list[Batch]:
+        """Batches of the stage under way, to look ahead: none is handed out by it.
+
+        Args:
+            start: Index of the first one in the stage.
+            end: Index behind the last one; a stage that ends earlier has fewer.
+        """
+        assert self._loader is not None, "no stage is under way"
+        return self._loader.coming(start, end)
+
     def end_stage(self) -> None:
         """Hand out no further batch of the stage under way: one half of `sdft.run.end_stage`."""
         assert self._loader is not None, "no stage is under way"
@@ -291,7 +301,8 @@ class ContinualDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The sequence that a checkpoint belongs to."""
-        return {"tasks": [task.name for task in self.tasks]}
+        names = {"tasks": [task.name for task in self.tasks]}
+        return {**names, "suites": [suite.name for suite in self.suites]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint of another sequence.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -70,9 +71,8 @@ class DecodeEngine(RolloutEngine):
 
 def _trimmed(rollout: Rollout, pad_id: int) -> Rollout:
     """As wide as the longest completion, with padding after each end."""
-    longest = int(rollout.lengths_B.max())
     ids_BT = rollout.ids_BT.masked_fill(~rollout.mask_BT, pad_id)
-    return Rollout(ids_BT[:, :longest], rollout.mask_BT[:, :longest], rollout.truncated_B)
+    return replace(rollout, ids_BT=ids_BT).trimmed()
 
 
 def _pace(device: torch.device) -> tuple[int, float]:

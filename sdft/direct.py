@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from sdft.adapters import folded
 from sdft.batch import pad
 from sdft.flat_sharding import inner
 from sdft.forward import Forward, ModelForward, prefill_limits, sub_batches
@@ -184,11 +185,12 @@ class _Block:
         return states_RTD + self.down(self.activation(self.gate(inner_RTD)) * self.up(inner_RTD))
 
 
-def _linear(module: nn.Module) -> Function:
-    # Whatever else stands in a linear layer's place (adapters, quantised weights) is called.
+def _linear(module: Any) -> Function:
+    # Whatever else stands in a linear layer's place (quantised weights) is called.
     if type(module) is nn.Linear and is_plain(module):
         return partial(F.linear, weight=module.weight, bias=module.bias)
-    return module
+    weight = folded(module)
+    return module if weight is None else partial(F.linear, weight=weight, bias=module.bias)
 
 
 def _norm(module: Any) -> Function:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
@@ -83,14 +84,15 @@ def head(model: PreTrainedModel) -> Head | None:
 
 
 def gathered_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Head | None:
-    """The parts of a model's head without a gradient, whole wherever they are asked for.
+    """The parts of a model's head, whole wherever they are asked for.
 
     Args:
-        model: Its head may be sharded: a collective call then.
+        model: Where its head is in shards, that is outside `forwarded` and `whole`, this is a
+            collective call, and no gradient passes.
         dtype: Gather a sharded head in this type.
     """
     found = head(model)
-    if found is None or not is_sharded(model):
+    if found is None or not isinstance(found.weight_VD, DTensor):
         return found
     weight_VD = gathered(found.weight_VD.detach().to(dtype))
     bias_V = None if found.bias_V is None else gathered(found.bias_V.detach().to(dtype))

@@ -44,6 +44,7 @@ def spread(
     elif mesh is not None and not is_sharded(module.model):
         precision = str(module.trainer.precision)
         check_sharding(mesh, precision)
+        _check_adapters(module)
         for model in (module.model, *copies, *base):
             shard(model, mesh["data_parallel"], precision)
         if module.penalty is not None and module.fitting:
@@ -63,7 +64,16 @@ def _prepare_flat(
         mark_flat(model, strategy)
 
 
+def _check_adapters(module: StudentModule) -> None:
+    if module.adapters.lora is not None:
+        raise ValueError(
+            "model.lora shares the base's weights between student and teacher, which sharding "
+            "would part: take configs/ddp.yaml instead"
+        )
+
+
 def _check_flat(module: StudentModule) -> None:
+    _check_adapters(module)
     engine = module.engine
     with evaluation_mode(module.model):
         direct = isinstance(engine, DecodeEngine) and engine.direct

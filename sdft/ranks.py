@@ -62,10 +62,10 @@ def part_of_mean(mean: Tensor, count: Tensor | int) -> Tensor:
 
     Strategies average gradients over processes, so the part is scaled up by their number: the
     average of all parts is the mean over all things, whoever has how many of them. A process that
-    has none contributes 0, with a gradient of 0.
+    has none contributes 0, with a gradient of 0. A collective call.
 
     Args:
-        mean: The mean over this process's things, a scalar.
+        mean: The mean over this process's things, or the weights that make one of a sum.
         count: How many it has.
     """
     if ranks() == 1:

@@ -19,6 +19,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sdft.atomic import atomic_folder
+from sdft.redaction import redacted
 
 MANIFEST = "store.json"
 """What a store was made from, what it holds, and the size of its files in bytes."""
@@ -69,7 +70,8 @@ def open_store(
     with atomic_folder(roots[0] / name) as temporary:
         facts = make(temporary)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        manifest = {"fingerprint": mark, "made_from": made_from, "facts": facts, "bytes": sizes}
+        shown = redacted(made_from)
+        manifest = {"fingerprint": mark, "made_from": shown, "facts": facts, "bytes": sizes}
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (temporary / MANIFEST).write_text(text, encoding="utf-8")
     found = _read(roots[0] / name, mark)

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from sdft.adapter_training import AdapterTraining
 from sdft.batch import Batch, Origin
 from sdft.decode import DecodeEngine
 from sdft.flat_sharding import is_flat
+from sdft.lora import LoRA
 from sdft.losses import sequence_mean, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
 from sdft.penalties import Penalty
@@ -28,7 +30,7 @@ from sdft.shared_steps import SharedSteps
 from sdft.weights import (
     check_identity,
     check_training,
-    frozen_copy,
+    convert,
     identity,
     set_weights,
     split_copies,
@@ -60,6 +62,10 @@ class StudentModule(SharedSteps):
         engine: Makes rollouts; `DecodeEngine` when unset, `GenerateEngine` is the reference.
         track_base: Keep a copy of the base model to log KL(base ‖ student) and how far the weights
             moved; costs one more model in memory.
+        lora: Train low-rank adapters (`rank`, `alpha`, …) in place of all weights; the teacher and
+            the base then share the student's base weights, and checkpoints leave these out.
+        quantization: Keep the base's linear layers in 4 bits (`nf4`, by bitsandbytes); needs
+            `lora`.
         penalty: Holds the weights near where they were (`sdft.penalties`: L2ToStart, EWC); its
             gradient joins the loss's once per optimizer step, before clipping.
 
@@ -98,6 +104,8 @@ class StudentModule(SharedSteps):
         engine: RolloutEngine | None = None,
         track_base: bool = True,
         penalty: Penalty | None = None,
+        lora: LoRA | None = None,
+        quantization: Literal["nf4"] | None = None,
     ) -> None:
         super().__init__()
         self.greedy = Sampling(max_new_tokens, temperature=0.0)
@@ -112,6 +120,8 @@ class StudentModule(SharedSteps):
         self.engine: RolloutEngine = engine or DecodeEngine()
         self.track_base = track_base
         self.penalty = penalty
+        self.adapters = AdapterTraining(lora, quantization)
+        self.strict_loading = lora is None  # a checkpoint of adapters leaves out their base
         self.source = ModelSource(model_name, trust_remote_code, revision)
         self.student: PreTrainedModel | None = None
         # Not a submodule: the base is neither trained, sharded nor checkpointed.
@@ -124,7 +134,10 @@ class StudentModule(SharedSteps):
     def model(self) -> PreTrainedModel:
         """The student, loaded on first use."""
         if self.student is None:
-            student = self.source.load_model(DTYPES[self.dtype_name], self.attn_implementation)
+            student = self.source.load_model(
+                DTYPES[self.dtype_name], self.attn_implementation, self.adapters.quantization
+            )
+            self.adapters.inject(student)
             self.student = cast(PreTrainedModel, student.train())
             if self.gradient_checkpointing:
                 self.student.gradient_checkpointing_enable()
@@ -136,9 +149,9 @@ class StudentModule(SharedSteps):
         if not self.fitting:
             return
         if self.track_base or self.needs_base or self._restarts:
-            self._base = [frozen_copy(student)]
+            self._base = [self.adapters.base(student)]
         for name in self.copies:
-            setattr(self, name, frozen_copy(student))
+            setattr(self, name, self.adapters.copy(student, name))
         if self.penalty is not None:
             self.penalty.attach(student)
 
@@ -185,9 +198,10 @@ class StudentModule(SharedSteps):
         # Between loading and here, the precision `bf16-true` has rounded the whole module.
         for name in (*self.copies, *(["penalty"] if self.penalty else [])):
             kept = getattr(self, name)
-            kept = kept if is_flat(kept) else kept.float()
+            if not is_flat(kept):
+                convert(kept, torch.float32)
             if name in self._restored:
-                kept.load_state_dict(self._restored.pop(name))
+                kept.load_state_dict(self._restored.pop(name), strict=self.strict_loading)
         if self.penalty is not None:
             self.penalty.check(task_stream(self.trainer))
 
@@ -215,9 +229,13 @@ class StudentModule(SharedSteps):
 
     def restart(self) -> None:
         """Make the student, and its copies, the base again."""
+        models = (self.model, *(getattr(self, name) for name in self.copies))
         assert self.base is not None
-        for model in (self.model, *(getattr(self, name) for name in self.copies)):
-            set_weights(model, self.base)
+        for model in models:
+            if self.adapters.lora is None:
+                set_weights(model, self.base)
+            else:
+                self.adapters.restart(model)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Add the penalty's gradient, once per optimizer step, before clipping."""
@@ -263,6 +281,7 @@ class StudentModule(SharedSteps):
         """Record which model and method the checkpoint belongs to."""
         names = {"method": self.method, "model": self.model_name, "penalty": self._penalty_label}
         checkpoint["sdft"] = {**identity(self.model), **names}
+        self.adapters.on_save(checkpoint, ("student", *self.copies))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or method; leave out copies that nobody needs.
@@ -280,6 +299,8 @@ class StudentModule(SharedSteps):
         found = checkpoint.get("sdft")
         if found is None:
             raise ValueError("the checkpoint was not written by sdft: it names no model")
+        self.model  # noqa: B018 - loads on first use
+        self.adapters.check(found, self.model_name)
         check_identity(self.model, self.model_name, found)
         if self.fitting:
             check_training({"method": self.method, "penalty": self._penalty_label}, found)

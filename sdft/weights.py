@@ -12,21 +12,33 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from sdft.adapters import is_adapted, own_parameters, twin
 from sdft.ranks import summed
 from sdft.sharding import gathered, is_sharded, local, original
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in fp32 and evaluation mode that never trains."""
-    twin: PreTrainedModel = copy.deepcopy(model).float().eval()
-    return twin.requires_grad_(False)
+    """A copy in fp32 and evaluation mode that never trains; of an adapted model, a twin."""
+    if is_adapted(model):
+        return twin(model)
+    other: PreTrainedModel = copy.deepcopy(model).float().eval()
+    return other.requires_grad_(False)
+
+
+def convert(copied: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a copy's own parameters this precision, and leave alone what it shares."""
+    if is_adapted(copied):
+        for parameter in own_parameters(copied):
+            parameter.data = parameter.data.to(dtype)
+    else:
+        copied.to(dtype)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def set_weights(model: PreTrainedModel, source: PreTrainedModel) -> None:
     """Copy the parameters and buffers of a model of the same architecture, to any precision."""
     for own, other in (
-        *zip(model.parameters(), source.parameters(), strict=True),
+        *zip(own_parameters(model), own_parameters(source), strict=True),
         *zip(model.buffers(), source.buffers(), strict=True),
     ):
         own.copy_(other)

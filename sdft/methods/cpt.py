@@ -77,13 +77,9 @@ class CPTModule(SFTModule):
     def supervised(self, batch: Batch) -> Tensor:
         """Mean loss of the tokens of the batch's documents; logged."""
         batch, target = self.reading(batch)
-        logits_BTV = self.logits(self.model, batch.student_ids, target)
-        loss_N = self.token_loss(logits_BTV, target.ids_BT)[batch.counted(target.mask_BT)]
-        loss = loss_N.mean() if len(loss_N) else loss_N.sum()
-        self.phases.enter("track")
-        self._log_step(batch, target, loss, logits_BTV.detach())
-        self.phases.enter("update")  # backward and optimizer follow
-        return part_of_mean(loss, len(loss_N))
+        mask_BT = batch.counted(target.mask_BT)
+        tokens = mask_BT.sum()
+        return self.fitted(batch, target, part_of_mean(mask_BT / tokens.clamp(min=1), tokens))
 
     def reading(self, batch: Batch) -> tuple[Batch, Rollout]:
         """The batch's windows: the first token of each as the prompt, the others as its target."""

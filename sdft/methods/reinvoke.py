@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sdft.batch import Batch, Origin
-from sdft.losses import check_alpha, sequence_mean, token_divergence
+from sdft.losses import check_alpha, sequence_mean, sequence_weights, token_divergence
 from sdft.methods.sft import SFTModule
 from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout, Sampling
+from sdft.states import Lesson, heads_known, keeps, taught_by
 
 
 class ReinvokeModule(SFTModule):
@@ -70,19 +71,44 @@ class ReinvokeModule(SFTModule):
         """Mean divergence from the base on the student's own answers to bare prompts; logged."""
         assert self.base is not None
         self.phases.enter("generate")
-        completion = self.sample(self.model, batch.student_ids, self.sampling, self.draws(batch))
+        draws = self.draws(batch)
+        completion = self.sample(self.model, batch.student_ids, self.sampling, draws)
+        distil = self._distil_states if self.distils_states else self._distil_logits
+        loss = distil(batch, completion)
+        self.phases.enter("track")
+        self._log_answers(batch, completion, loss.detach())
+        self.phases.enter("update")  # backward and optimizer follow
+        return loss
+
+    @property
+    def distils_states(self) -> bool:
+        """Whether the divergence is taken from hidden states, so that whole logits never exist.
+
+        Not where a subclass has logits or a `divergence` of its own, or where a head is of no
+        known form.
+        """
+        own = keeps(self, ReinvokeModule, "divergence")
+        return own and self.takes_states and heads_known(self.base)
+
+    def _distil_states(self, batch: Batch, completion: Rollout) -> Tensor:
+        assert self.base is not None
+        positions_T = torch.arange(completion.mask_BT.shape[1], device=completion.mask_BT.device)
+        mask_BT = batch.counted(completion.mask_BT & (positions_T >= self.skip_first_tokens))
+        weights_BT = part_of_mean(sequence_weights(mask_BT), mask_BT.any(-1).sum())
+        prompts = batch.student_ids
+        lesson = Lesson(prompts, self.base, prompts, completion, weights_BT)
+        return taught_by(self, lesson, self.sampling.temperature, self.alpha)[0]
+
+    def _distil_logits(self, batch: Batch, completion: Rollout) -> Tensor:
+        assert self.base is not None
         self.phases.enter("score")
         with torch.no_grad():
             base_BTV = self.logits(self.base, batch.student_ids, completion)
         self.phases.enter("update")
         student_BTV = self.logits(self.model, batch.student_ids, completion)
         counted = replace(completion, mask_BT=batch.counted(completion.mask_BT))
-        loss = self.divergence(student_BTV, base_BTV, counted)
         sequences = counted.mask_BT[:, self.skip_first_tokens :].any(-1).sum()
-        self.phases.enter("track")
-        self._log_answers(batch, completion, loss.detach(), sequences)
-        self.phases.enter("update")  # backward and optimizer follow
-        return part_of_mean(loss, sequences)
+        return part_of_mean(self.divergence(student_BTV, base_BTV, counted), sequences)
 
     def divergence(
         self, student_logits_BTV: Tensor, base_logits_BTV: Tensor, completion: Rollout
@@ -96,13 +122,12 @@ class ReinvokeModule(SFTModule):
         skip = self.skip_first_tokens
         return sequence_mean(per_token_BT[:, skip:], completion.mask_BT[:, skip:])
 
-    def _log_answers(
-        self, batch: Batch, completion: Rollout, loss: Tensor, sequences: Tensor
-    ) -> None:
-        self.log_means({"reinvoke/divergence": loss}, sequences)
+    def _log_answers(self, batch: Batch, completion: Rollout, loss: Tensor) -> None:
+        found = self.log_means({"reinvoke/divergence": loss}, 1)
         values = {
             "reinvoke/completion_length": batch.mean(completion.lengths_B),
             "reinvoke/truncated": batch.mean(completion.truncated_B),
         }
         self.log_means(values, batch.count)
-        self.log("divergence", loss, prog_bar=True, logger=False, batch_size=len(completion.ids_BT))
+        shown = found["reinvoke/divergence"]
+        self.log("divergence", shown, prog_bar=True, logger=False, batch_size=len(batch))

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sdft.batch import Batch, pad
-from sdft.losses import sequence_mean, token_cross_entropy
+from sdft.head_losses import head_cross_entropy
+from sdft.losses import sequence_weights, token_cross_entropy
 from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout
+from sdft.sharding import forwarded
+from sdft.states import States, as_new, heads_known, keeps, states, track_states
 from sdft.student import StudentModule
+
+Track = Callable[[dict[str, Tensor]], None]
+"""Logs the values that it is given, and now and then costly ones."""
 
 
 class SFTModule(StudentModule):
     """Supervised fine-tuning on the demonstration as the response to the bare prompt.
 
-    The same prompts, batches, schedule and evaluation as SDFT. A method with other targets or
-    another loss overrides `targets` or `token_loss`.
+    The same prompts, batches, schedule and evaluation as SDFT, and like SDFT's its loss is taken
+    from hidden states. A method with other targets overrides `targets`; one with another loss
+    `token_loss`, and has whole logits then, unless it writes `state_loss` as well.
 
     Args:
         kwargs: See `StudentModule`.
@@ -32,17 +41,72 @@ class SFTModule(StudentModule):
     def supervised(self, batch: Batch) -> Tensor:
         """Mean loss of the batch's targets; logged."""
         target = self.targets(batch)
-        logits_BTV = self.logits(self.model, batch.student_ids, target)
         mask_BT = batch.counted(target.mask_BT)
-        loss = sequence_mean(self.token_loss(logits_BTV, target.ids_BT), mask_BT)
+        weights_BT = part_of_mean(sequence_weights(mask_BT), mask_BT.any(-1).sum())
+        return self.fitted(batch, target, weights_BT)
+
+    def fitted(self, batch: Batch, target: Rollout, weights_BT: Tensor) -> Tensor:
+        """Weighted sum of the target tokens' losses; logged.
+
+        Args:
+            batch: B rows.
+            target: Their targets.
+            weights_BT: 0 at padding; with several processes, this one's part of the mean.
+        """
+        fit = self._fit_states if self.fits_states else self._fit_logits
+        loss, track = fit(batch, target, weights_BT)
         self.phases.enter("track")
-        self._log_step(batch, target, loss, logits_BTV.detach())
+        self._log_step(batch, target, loss, track)
         self.phases.enter("update")  # backward and optimizer follow
-        return part_of_mean(loss, mask_BT.any(-1).sum())
+        return loss
+
+    @property
+    def fits_states(self) -> bool:
+        """Whether the loss is taken from hidden states, so that whole logits never exist.
+
+        Not where a subclass has logits or a loss of its own, or where the head is of no known form.
+        """
+        return as_new(self, "state_loss", "token_loss") and self.takes_states
+
+    @property
+    def takes_states(self) -> bool:
+        """Whether hidden states can stand for the student's logits, in losses and in the log."""
+        own = keeps(self, StudentModule, "logits", "track", "kl_to_base")
+        return own and heads_known(self.model)
+
+    def _fit_states(
+        self, batch: Batch, target: Rollout, weights_BT: Tensor
+    ) -> tuple[Tensor, Track]:
+        mask_BT = target.mask_BT
+
+        def compute() -> tuple[Tensor, Tensor]:
+            student = states(self, self.model, batch.student_ids, target)
+            loss = self.state_loss(student, target.ids_BT[mask_BT], weights_BT[mask_BT]).sum()
+            return loss, student.hidden_ND.detach()
+
+        loss, hidden_ND = forwarded(self.model, compute)
+        return loss, self.tracking(batch, target, hidden_ND)
+
+    def _fit_logits(
+        self, batch: Batch, target: Rollout, weights_BT: Tensor
+    ) -> tuple[Tensor, Track]:
+        logits_BTV = self.logits(self.model, batch.student_ids, target)
+        per_token_BT = self.token_loss(logits_BTV, target.ids_BT)
+        loss = (weights_BT * per_token_BT)[target.mask_BT].sum()
+        prompts, detached_BTV = batch.student_ids, logits_BTV.detach()
+        return loss, lambda values: self.track(values, prompts, target, detached_BTV, batch.real)
 
     def token_loss(self, logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
         """The loss of each target token, `[B, T]`: its negative log-likelihood."""
         return token_cross_entropy(logits_BTV, target_BT)
+
+    def state_loss(self, student: States, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+        """`token_loss` from hidden states, times the tokens' weights: `[N]`."""
+        return head_cross_entropy(*student, targets_N, weights_N=weights_N)
+
+    def tracking(self, batch: Batch, target: Rollout, hidden_ND: Tensor) -> Track:
+        """What logs a step whose loss came from these hidden states, detached ones."""
+        return lambda values: track_states(self, values, batch, target, hidden_ND)
 
     def targets(self, batch: Batch) -> Rollout:
         """The demonstrations as completions, each ended by the end-of-sequence token."""
@@ -55,10 +119,8 @@ class SFTModule(StudentModule):
         eos = self.tokenizer.eos_token_id
         return [*ids, eos] if eos is not None else list(ids)
 
-    def _log_step(self, batch: Batch, target: Rollout, loss: Tensor, logits_BTV: Tensor) -> None:
-        values = {
-            "train/loss": loss.detach(),
-            "train/completion_length": batch.mean(target.lengths_B),
-        }
-        self.track(values, batch.student_ids, target, logits_BTV, batch.real)
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))
+    def _log_step(self, batch: Batch, target: Rollout, loss: Tensor, track: Track) -> None:
+        found = self.log_means({"train/loss": loss.detach()}, 1)
+        track({"train/completion_length": batch.mean(target.lengths_B)})
+        shown = found["train/loss"]
+        self.log("loss", shown, prog_bar=True, logger=False, batch_size=len(batch))

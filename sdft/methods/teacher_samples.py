@@ -17,11 +17,13 @@ from sdft.batch import Batch, pad
 from sdft.checks import AnyCheck
 from sdft.encoded import Encoded
 from sdft.generated import Request
-from sdft.losses import sequence_mean, token_divergence, zero_loss
+from sdft.losses import sequence_weights, token_divergence, zero_loss
 from sdft.methods.offline import OfflineModule
+from sdft.methods.sft import Track
 from sdft.ranks import part_of_mean, ranks
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
+from sdft.states import Lesson, heads_known, taught_by
 
 Loss = Literal["hard", "soft"]
 
@@ -98,14 +100,16 @@ class TeacherSampleModule(OfflineModule):
         completion = self.completions(places)
         if not places:  # other processes may have some, and none passes through the model alone
             rows, completion = self._nothing(batch)
-        logits_BTV = self.logits(self.model, rows.student_ids, completion)
-        per_token_BT = self._per_token(rows, completion, logits_BTV)
         mask_BT = rows.counted(completion.mask_BT)
-        loss = sequence_mean(per_token_BT, mask_BT)
+        weights_BT = part_of_mean(sequence_weights(mask_BT), mask_BT.any(-1).sum())
+        if self.loss_kind == "hard":
+            return self.fitted(rows, completion, weights_BT)
+        distil = self._distil_states if self.distils_states else self._distil_logits
+        loss, track = distil(rows, completion, weights_BT)
         self.phases.enter("track")
-        self._log_step(rows, completion, loss, logits_BTV.detach())
+        self._log_step(rows, completion, loss, track)
         self.phases.enter("update")  # backward and optimizer follow
-        return part_of_mean(loss, mask_BT.any(-1).sum())
+        return loss
 
     def _nothing(self, batch: Batch) -> tuple[Batch, Rollout]:
         """A row and a completion of one token that do not count."""
@@ -115,17 +119,37 @@ class TeacherSampleModule(OfflineModule):
         ids_BT, mask_BT = pad([[self.pad_id]], self.pad_id, "right", self.device)
         return row, Rollout(ids_BT, mask_BT, torch.zeros(1, dtype=torch.bool))
 
-    def _per_token(self, batch: Batch, completion: Rollout, logits_BTV: Tensor) -> Tensor:
-        if self.loss_kind == "hard":
-            return self.token_loss(logits_BTV, completion.ids_BT)
+    @property
+    def distils_states(self) -> bool:
+        """Whether the soft loss is taken from hidden states (see `fits_states`)."""
+        return self.takes_states and heads_known(self.base)
+
+    def _distil_states(
+        self, batch: Batch, completion: Rollout, weights_BT: Tensor
+    ) -> tuple[Tensor, Track]:
+        assert self.base is not None
+        lesson = Lesson(batch.student_ids, self.base, batch.teacher_ids, completion, weights_BT)
+        loss, hidden_ND = taught_by(self, lesson, self.sampling.temperature)
+        return loss, self.tracking(batch, completion, hidden_ND)
+
+    def _distil_logits(
+        self, batch: Batch, completion: Rollout, weights_BT: Tensor
+    ) -> tuple[Tensor, Track]:
         assert self.base is not None
         self.phases.enter("score")
         with torch.no_grad():
             teacher_BTV = self.logits(self.base, batch.teacher_ids, completion)
         self.phases.enter("update")
+        logits_BTV = self.logits(self.model, batch.student_ids, completion)
         temperature = self.sampling.temperature
-        scaled_BTV = logits_BTV.float() / temperature
-        return token_divergence(scaled_BTV, teacher_BTV.float() / temperature)
+        per_token_BT = token_divergence(
+            logits_BTV.float() / temperature, teacher_BTV.float() / temperature
+        )
+        loss = (weights_BT * per_token_BT)[completion.mask_BT].sum()
+        prompts, detached_BTV = batch.student_ids, logits_BTV.detach()
+        return loss, lambda values: self.track(
+            values, prompts, completion, detached_BTV, batch.real
+        )
 
 
 def _key(item: Encoded) -> tuple[int, ...]:

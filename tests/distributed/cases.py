@@ -28,6 +28,7 @@ from sdft.callbacks import (
     StageCheckpoint,
     StageWatch,
 )
+from sdft.lora import LoRA
 from sdft.losses import sequence_mean, token_divergence
 from sdft.methods import (
     AnchorReplayModule,
@@ -88,7 +89,7 @@ class Kept(Callback):
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
     """Plain descent: Adam would make a step of a gradient that is nothing but rounding."""
-    return torch.optim.SGD(parameters, lr=0.5)
+    return torch.optim.SGD(parameters, lr=0.2)
 
 
 OPTIONS: dict[str, Any] = {
@@ -129,6 +130,12 @@ CASES: dict[str, dict[str, Any]] = {
         "watch": {"every_n_steps": 1, "on_drop": "stop", "max_drop": 0.0},
     },
     "one model per task": {"data": {"from_base_each_task": True}},
+    "drawn ahead, weighted": {
+        "options": {"updates_per_generation": 2, "importance_cap": 1.5, "horizon": 5},
+    },
+    "top k": {"options": {"divergence_top_k": 4}},
+    "adapters": {"options": lambda: {"lora": LoRA(rank=2)}},
+    "micro-batches": {"options": {"micro_batch_tokens": 24}},
     "l2": {"options": lambda: {"penalty": L2ToStart(0.5)}},
     "ewc": {"options": lambda: {"penalty": EWC(5.0, examples=3)}},
     "sft": {"module": other(SFTModule)},
@@ -173,6 +180,9 @@ ROUGH: dict[str, Any] = {
     "teacher": partial(EMATeacher, rate=0.5, storage="bfloat16"),
 }
 """A run whose noise is another for each shard: reproducible, but not that of one process."""
+
+NOT_SHARDED = ("adapters", "micro-batches")
+"""Cases that need whole weights."""
 
 ALL = CASES | {"resumed": RESUMED, "rough": ROUGH}
 
