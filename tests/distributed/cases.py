@@ -69,7 +69,7 @@ class OwnLoss(SDFTModule):
     method = "own"
 
     def loss(self, student: Tensor, teacher: Tensor, mask_BT: Tensor) -> Tensor:
-        return sequence_mean(token_divergence(student, teacher, 0.5).sqrt(), mask_BT)
+        return sequence_mean(2 * token_divergence(student, teacher, 0.5), mask_BT)
 
 
 class Kept(Callback):
