@@ -69,6 +69,7 @@ class Batch:
     def joined(cls, batches: Sequence[Batch]) -> Batch:
         """The rows of several batches, one after another."""
         shares = [batch.share for batch in batches if batch.share is not None]
+        assert len(shares) in (0, len(batches)), "all of them dealt, or none"
         return cls(
             [example for batch in batches for example in batch.examples],
             [ids for batch in batches for ids in batch.student_ids],

@@ -258,7 +258,7 @@ class SDFTModule(StudentModule):
     def _log_step(
         self, batch: Batch, draw: Draw, loss: Tensor, compared: HiddenLoss | LogitsLoss
     ) -> None:
-        self.log_means({"train/divergence": loss}, compared.sequences)
+        found = self.log_means({"train/divergence": loss}, compared.sequences)
         values: dict[str, float | Tensor] = {
             "train/completion_length": batch.mean(draw.completion.lengths_B),
             "train/truncated": batch.mean(draw.completion.truncated_B),
@@ -270,7 +270,8 @@ class SDFTModule(StudentModule):
         self.log_means(values, batch.count)
         if (importance := compared.importance) is not None:
             self.log_means(importance.scalars(), len(importance.weights_N))
-        self.log("divergence", loss, prog_bar=True, logger=False, batch_size=len(batch))
+        shown = found["train/divergence"]
+        self.log("divergence", shown, prog_bar=True, logger=False, batch_size=len(batch))
         compared.track()
 
     # ---------------------------------------------------------------- checkpoints

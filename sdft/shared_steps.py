@@ -33,16 +33,22 @@ class SharedSteps(Respondent):
         """Whether the step under way reaches the logger; costly metrics wait for it."""
         return is_logged(self.trainer, self.trainer.global_step + 1)
 
-    def log_means(self, values: Mapping[str, Scalar], count: Tensor | int, **options: Any) -> None:
+    def log_means(
+        self, values: Mapping[str, Scalar], count: Tensor | int, **options: Any
+    ) -> dict[str, Scalar]:
         """Log means over the things of all processes; a collective call.
 
         Args:
             values: Named means over this process's things.
-            count: How many things: rows, or sequences.
+            count: How many things: rows, sequences, or tokens.
             options: See `LightningModule.log_dict`.
+
+        Returns:
+            What was logged.
         """
         found = means(values, count, torch.empty(0, device=self.device))
         self.log_dict(found, batch_size=max(int(count), 1), **options)
+        return found
 
     def seed_of_batch(self, batch_idx: int, rank: int) -> int:
         """A function of the place in the run, so that a resumed run draws the same."""

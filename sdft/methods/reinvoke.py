@@ -126,10 +126,11 @@ class ReinvokeModule(SFTModule):
     def _log_answers(
         self, batch: Batch, completion: Rollout, loss: Tensor, sequences: Tensor
     ) -> None:
-        self.log_means({"reinvoke/divergence": loss}, sequences)
+        found = self.log_means({"reinvoke/divergence": loss}, sequences)
         values = {
             "reinvoke/completion_length": batch.mean(completion.lengths_B),
             "reinvoke/truncated": batch.mean(completion.truncated_B),
         }
         self.log_means(values, batch.count)
-        self.log("divergence", loss, prog_bar=True, logger=False, batch_size=len(completion.ids_BT))
+        shown = found["reinvoke/divergence"]
+        self.log("divergence", shown, prog_bar=True, logger=False, batch_size=len(batch))

@@ -125,6 +125,6 @@ class SFTModule(StudentModule):
     def _log_step(
         self, batch: Batch, target: Rollout, loss: Tensor, count: Tensor, track: Track
     ) -> None:
-        self.log_means({"train/loss": loss.detach()}, count)
+        shown = self.log_means({"train/loss": loss.detach()}, count)["train/loss"]
         track({"train/completion_length": batch.mean(target.lengths_B)})
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))
+        self.log("loss", shown, prog_bar=True, logger=False, batch_size=len(batch))

@@ -70,7 +70,7 @@ class OwnLoss(SDFTModule):
     method = "own"
 
     def loss(self, student: Tensor, teacher: Tensor, mask_BT: Tensor) -> Tensor:
-        return sequence_mean(token_divergence(student, teacher, 0.5).sqrt(), mask_BT)
+        return sequence_mean(2 * token_divergence(student, teacher, 0.5), mask_BT)
 
 
 class OwnScore(SDFTModule):
@@ -99,7 +99,7 @@ class Kept(Callback):
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
     """Plain descent: Adam would make a step of a gradient that is nothing but rounding."""
-    return torch.optim.SGD(parameters, lr=0.5)
+    return torch.optim.SGD(parameters, lr=0.2)
 
 
 OPTIONS: dict[str, Any] = {
