@@ -182,9 +182,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 REPLICATED: dict[str, Any] = {
-    "adapters": {"options": lambda: {"lora": LoRA(2, 4.0)}},
+    "adapters": {"options": lambda: {"lora": LoRA(2, 24.0)}},
     "adapters and micro-batches": {
-        "options": lambda: {"lora": LoRA(2, 4.0), "micro_batch_tokens": 12}
+        "options": lambda: {"lora": LoRA(2, 24.0), "micro_batch_tokens": 12}
     },
     "micro-batches": {"options": {"micro_batch_tokens": 12, "updates_per_generation": 2}},
 }
