@@ -79,10 +79,10 @@ class AdapterTraining:
             checkpoint: Lightning's, with our part `sdft`.
             models: The submodules that are models.
         """
-        checkpoint["sdft"]["adapters"] = self.label
         if self.lora is None:
             return
         checkpoint["sdft"] |= {
+            "adapters": self.label,
             "base": self._digest,
             "dtype": self._dtype,
             "lora": asdict(self.lora),
