@@ -51,7 +51,8 @@ def assemble_adapted(
     for name, value in weights.items():
         if not value.isfinite().all():
             raise ValueError(f"{name} is not finite")
-    return model.eval()
+    model.eval()
+    return model
 
 
 def as_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
