@@ -100,8 +100,8 @@ def test_draws_depend_on_seed_stage_and_column_alone(
     def drawn(column: PythonTask, stage: int) -> list[str]:
         texts: list[str] = []  # not their scores: few samples score alike by chance
 
-        def respond(prompts: list[list[int]], sampling: Sampling) -> Any:
-            responses = real(prompts, sampling)
+        def respond(prompts: list[list[int]], sampling: Sampling, draws: Any) -> Any:
+            responses = real(prompts, sampling, draws)
             texts.extend(response.text for response in responses)
             return responses
 
