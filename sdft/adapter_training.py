@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class AdapterTraining:
         check_quantization(quantization, lora is not None)
         self.lora = lora
         self.quantization = quantization
-        self._digest = ""
+        self._digest = self._dtype = ""
         self._start: list[Tensor] = []
 
     @property
@@ -45,6 +46,7 @@ class AdapterTraining:
         """Put the adapters into a freshly loaded student."""
         if self.lora is not None:
             self._digest = base_digest(student)
+            self._dtype = str(student.dtype).removeprefix("torch.")
             self.lora.inject(student)
             self._start = [p.detach().clone() for p in own_parameters(student)]
 
@@ -77,10 +79,15 @@ class AdapterTraining:
             checkpoint: Lightning's, with our part `sdft`.
             models: The submodules that are models.
         """
-        checkpoint["sdft"]["adapters"] = self.label
         if self.lora is None:
             return
-        checkpoint["sdft"]["base"] = self._digest
+        checkpoint["sdft"] |= {
+            "adapters": self.label,
+            "base": self._digest,
+            "dtype": self._dtype,
+            "lora": asdict(self.lora),
+            "quantization": self.quantization,
+        }
         weights = checkpoint["state_dict"]
         for key in [k for k in weights if k.split(".")[0] in models and MARK not in k]:
             del weights[key]

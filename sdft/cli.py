@@ -44,6 +44,7 @@ from sdft.checkpoint_reader import check_harmless
 from sdft.data import ContinualDataModule
 from sdft.messages import check_yaml, clear_message
 from sdft.module import SDFTModule
+from sdft.ranks import part_ways
 from sdft.redaction import check_filled, redacted_text
 from sdft.student import StudentModule
 
@@ -210,6 +211,7 @@ def main(args: list[str] | None = None) -> int:
         if words and words[0] in COMMANDS:
             return int(import_module(COMMANDS[words[0]]).main(words[1:]))
         _run_lightning(args)
+        part_ways()
     except SIGTERMException:
         print("sdft: terminated; go on with --ckpt_path last", file=sys.stderr)
         return 143  # 128 + SIGTERM, as a shell says it

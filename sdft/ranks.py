@@ -57,6 +57,14 @@ def summed(value: Tensor) -> Tensor:
     return total
 
 
+def part_ways() -> None:
+    """Wait until all have come to their end, and let go of one another; nothing is said after."""
+    if _started():
+        if ranks() > 1:
+            distributed.barrier()
+        distributed.destroy_process_group()
+
+
 def part_of_mean(mean: Tensor, count: Tensor | int) -> Tensor:
     """This process's part of a mean over the things of all processes.
 

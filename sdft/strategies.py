@@ -5,6 +5,7 @@ The overlays `configs/ddp.yaml`, `configs/fsdp.yaml` and `configs/fsdp1.yaml` na
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from datetime import timedelta
@@ -19,10 +20,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 MINUTES = 10.0
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = next(  # newer torch renames it
+    name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _ARGUMENTS
+)
 
 
 class ReplicatedStrategy(DDPStrategy):
@@ -43,7 +49,7 @@ class ReplicatedStrategy(DDPStrategy):
             process_group_backend=process_group_backend,
             timeout=_timeout(timeout_minutes),
             # All buffers are the same everywhere, those of a penalty as large as the model.
-            broadcast_buffers=False,
+            **cast(dict[str, Any], {_SYNC_BUFFERS: False}),
         )
 
 

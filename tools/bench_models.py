@@ -75,7 +75,10 @@ class RandomSource(ModelSource):
         self.setting, self.device = plan.setting, device
 
     def load_model(
-        self, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+        self,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
+        quantization: str | None = None,
     ) -> PreTrainedModel:
         """Make the weights."""
         return random_model(self.setting, self.device, dtype)

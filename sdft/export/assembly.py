@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from sdft.export.adapted import as_dense, assemble_adapted
 from sdft.hub import load_failure
 from sdft.models import ModelSource
 from sdft.weights import check_identity
@@ -40,11 +41,15 @@ def assemble(
         weights: The state of one model, by name.
         identity: What the checkpoint says of its model (`sdft.weights.identity`).
         dtype: Of the parameters; the widest among the weights when None.
-        merge: Merge adapters into the weights.
+        merge: Merge adapters into the weights; else the model has them.
 
     Raises:
-        ValueError: Adapters, weights of another model, or values that are not finite in `dtype`.
+        ValueError: Weights of another model, adapters of another base, or values that are not
+            finite in `dtype`.
     """
+    if identity.get("adapters"):
+        adapted = assemble_adapted(source, weights, identity)
+        return as_dense(adapted, dtype or widest(weights.values())) if merge else adapted
     _check_plain(weights, merge)
     config = _load_config(source)
     model = _empty(source, config, dtype or widest(weights.values()))
@@ -73,10 +78,7 @@ def _check_plain(weights: Mapping[str, Tensor], merge: bool) -> None:
     if any(_QUANTISED.search(name) for name in weights):
         raise ValueError("the checkpoint holds quantised weights, which export cannot write yet")
     if adapter := next((name for name in weights if _ADAPTERS.search(name)), None):
-        wish = "merge" if merge else "write apart"
-        raise ValueError(
-            f"the checkpoint holds adapters ({adapter}), which export cannot {wish} yet"
-        )
+        raise ValueError(f"the checkpoint holds adapters ({adapter}) of an unknown kind")
     if not merge:
         raise ValueError("--no-merge: the checkpoint holds no adapters, there is nothing to merge")
 

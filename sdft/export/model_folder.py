@@ -8,8 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sdft.adapter_files import save_adapters
+from sdft.adapters import is_adapted
 from sdft.atomic import atomic_folder
 from sdft.export.model_card import ModelCard
+from sdft.lora import LoRA
 
 FACTS = "sdft.json"
 
@@ -26,7 +29,8 @@ def check_target(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"--out {str(out)!r} is not empty: name another folder, or --overwrite")
-    if not (out / "config.json").is_file() or not any(out.glob("*.safetensors")):
+    named = any((out / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if not named or not any(out.glob("*.safetensors")):
         raise ValueError(
             f"--out {str(out)!r} holds something else than a model: --overwrite would delete it"
         )
@@ -47,10 +51,13 @@ def write_folder(
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out, replace=overwrite) as folder:
-        model.save_pretrained(folder)
+        if is_adapted(model):
+            save_adapters(model, LoRA(**card.record.identity["lora"]), card.base_model, folder)
+        else:
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):  # written for the owner alone
-            shutil.copymode(folder / "config.json", weights)
+            shutil.copymode(folder / "tokenizer_config.json", weights)
         (folder / "README.md").write_text(card.text(), encoding="utf-8")
         facts = json.dumps(card.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         (folder / FACTS).write_text(facts + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from sdft.generated import Request
 from sdft.losses import sequence_weights, token_divergence, zero_loss
 from sdft.methods.offline import OfflineModule
 from sdft.methods.sft import Track
-from sdft.ranks import part_of_mean, ranks
+from sdft.ranks import gathered, part_of_mean
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
 from sdft.states import Lesson, heads_known, taught_by
@@ -95,7 +95,7 @@ class TeacherSampleModule(OfflineModule):
         rows, places = self.answered(batch, batch.teacher_ids, batch_idx)
         without = 1 - rows.count / max(batch.count, 1)
         self.log_means({"train/without_sample": without}, batch.count)
-        if not places and ranks() == 1:
+        if not any(gathered(len(places))):
             return zero_loss(self.model.parameters())
         completion = self.completions(places)
         if not places:  # other processes may have some, and none passes through the model alone

@@ -28,6 +28,7 @@ from sdft.callbacks import (
     StageCheckpoint,
     StageWatch,
 )
+from sdft.checks import Check, Facts
 from sdft.lora import LoRA
 from sdft.losses import sequence_mean, token_divergence
 from sdft.methods import (
@@ -62,6 +63,13 @@ class Overlap(Scorer):
     def __call__(self, response: str, example: Example) -> float:
         words = response.split()
         return sum(word in example.answer.split() for word in words) / max(len(words), 1)
+
+
+class Some(Check):
+    """Drops the answers to most prompts."""
+
+    def __call__(self, text: str, example: Example, facts: Facts) -> str | None:
+        return None if example.prompt[0] in "ae" else "not this one"
 
 
 class OwnLoss(SDFTModule):
@@ -177,6 +185,10 @@ CASES: dict[str, dict[str, Any]] = {
     "teacher samples": {
         "module": other(TeacherSampleModule),
         "options": {"loss": "soft", "samples_per_prompt": 2},
+    },
+    "few teacher samples": {  # a process may have none where another has some
+        "module": other(TeacherSampleModule),
+        "options": lambda: {"loss": "soft", "checks": [Some()]},
     },
 }
 

@@ -14,6 +14,8 @@ import probes  # noqa: E402 - its folder's parent has to be found first
 from cases import evaluate, run  # noqa: E402
 from conftest import save_model  # noqa: E402
 
+from sdft.ranks import part_ways  # noqa: E402
+
 
 def work(kind: str, folder: Path, **options: Any) -> None:
     """Do one job."""
@@ -33,3 +35,4 @@ def work(kind: str, folder: Path, **options: Any) -> None:
 if __name__ == "__main__":
     for job in json.loads(Path(sys.argv[1]).read_text()):
         work(folder=Path(job.pop("folder")), **job)
+    part_ways()
