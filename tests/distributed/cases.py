@@ -210,7 +210,7 @@ RESUMED: dict[str, Any] = {
 """A run that is broken off and goes on with another number of processes."""
 ROUGH: dict[str, Any] = {
     "family": "gpt2",  # with dropout
-    "options": {"optimizer": partial(AdamWBF16, lr=1e-2)},
+    "options": {"optimizer": partial(AdamWBF16, lr=1e-2), "updates_per_generation": 2},
     "teacher": partial(EMATeacher, rate=0.5, storage="bfloat16"),
 }
 """A run whose noise is another for each shard: reproducible, but not that of one process."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import work
 from runs import models, new_folder
 from test_equal import assert_close, left, without_own
@@ -101,3 +102,17 @@ def test_noise_of_shards_and_dropout_is_reproducible(tmp_path: Path) -> None:
             assert_close(second[key], first[key], tolerance=0.0)
         kinds = {str(v.dtype) for k, v in first["state_dict"].items() if k.startswith("teacher.")}
         assert "torch.bfloat16" in kinds
+
+
+def test_what_was_drawn_ahead_is_no_hindrance(tmp_path: Path) -> None:
+    """One process had the rest of a window: two draw it anew, both of them."""
+    work_all([job(tmp_path / "one", "one", "rough", every_step=True)], tmp_path)
+    checkpoint = tmp_path / "one" / "rough" / "steps" / f"step={STEP}.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["rollouts"][0]["draws"]
+    again = [job(tmp_path / s, s, "rough", ckpt_path=str(checkpoint)) for s in ("ddp", "fsdp")]
+    work_all(again, tmp_path / "again")
+    expected = left(tmp_path / "one", "rough")
+    for strategy in ("ddp", "fsdp"):
+        kept, found, _ = left(tmp_path / strategy, "rough")
+        assert len(kept["steps"]) == len(expected[0]["steps"]) - STEP
+        assert found["global_step"] == expected[1]["global_step"]
