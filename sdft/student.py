@@ -16,6 +16,7 @@ from sdft.batch import Batch, Origin
 from sdft.decode import DecodeEngine
 from sdft.losses import sequence_mean, token_divergence, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
+from sdft.optim import fuse_on_cpu
 from sdft.penalties import Penalty
 from sdft.prompts import Sees, TeacherTemplate
 from sdft.respondent import Respondent
@@ -166,6 +167,7 @@ class StudentModule(Respondent):
         optimizer = self.optimizer(p for p in self.model.parameters() if p.requires_grad)
         for group in optimizer.param_groups:
             _check_rate(float(group["lr"]))
+        fuse_on_cpu(optimizer)
         _check_clipping(self.trainer.gradient_clip_val)
         scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, StageSchedule):
