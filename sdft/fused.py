@@ -57,7 +57,7 @@ def fusing_pays(model: PreTrainedModel, new_tokens: int) -> bool:
 
 
 class FusedForward(Forward):
-    """Rows under way in a model that `fuses` accepts, whose weights do not change meanwhile.
+    """Rows under way in a known model that `can_fuse` accepts, whose weights do not change meanwhile.
 
     Shapes: R rows, T tokens, N rows or tokens end to end, D hidden, H query heads, K key-value
     heads, S head size, J = S / 2. Logits come in blocks, `[R, blocks, BLOCK]`.
@@ -187,13 +187,14 @@ class _Block:
 
 def _normed(states: Tensor, slack: Tensor) -> Tensor:
     """x / √(mean(x²) + epsilon), but for a factor in the weights (`Norm`)."""
-    return states / torch.linalg.vector_norm(states, dim=-1, keepdim=True).hypot_(slack)
+    size: Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    return states / size.hypot_(slack)
 
 
 def _causal(queries_RTHS: Tensor, keys_RTKS: Tensor, values_RTKS: Tensor) -> Tensor:
     """Causal attention of scaled queries within each row, `[R · T, H · S]`."""
     query, key, value = (x.transpose(1, 2) for x in (queries_RTHS, keys_RTKS, values_RTKS))
-    context_RHTS = F.scaled_dot_product_attention(
+    context_RHTS: Tensor = F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=1.0, enable_gqa=query.shape[1] != key.shape[1]
     )
     return context_RHTS.transpose(1, 2).flatten(2).flatten(0, 1)

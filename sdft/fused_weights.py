@@ -151,7 +151,8 @@ def _heads_norm(attention: Any) -> Norm | None:
 
 def _interleaved(weight_XD: Tensor, size: int) -> Tensor:
     """Rows of each head in the order 0, S/2, 1, S/2 + 1 …"""
-    return weight_XD.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
+    rows: Tensor = weight_XD.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
+    return rows
 
 
 def _transposed(weight: Tensor) -> Tensor:
