@@ -20,6 +20,7 @@ from sdft.flat_sharding import is_flat
 from sdft.lora import LoRA
 from sdft.losses import sequence_mean, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
+from sdft.optim import fuse_on_cpu
 from sdft.penalties import Penalty
 from sdft.placement import spread
 from sdft.prompts import Sees, TeacherTemplate
@@ -184,6 +185,7 @@ class StudentModule(SharedSteps):
         optimizer = self.optimizer(p for p in self.model.parameters() if p.requires_grad)
         for group in optimizer.param_groups:
             _check_rate(float(group["lr"]))
+        fuse_on_cpu(optimizer)
         _check_clipping(self.trainer.gradient_clip_val)
         scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, StageSchedule):
