@@ -23,9 +23,8 @@ from sdft.guard.rules import Action, Rule
 from sdft.guard.signals import GRADIENT, LOGGED, NONFINITE, RULES
 from sdft.guard.standing import Standing
 from sdft.guard.stop import GuardStop
-from sdft.ranks import agreed
+from sdft.ranks import Scalar, agreed
 from sdft.run import is_dry, run_folder
-from sdft.shared_steps import Scalar
 from sdft.student import StudentModule
 from sdft.weights import GOOD_TEACHER, set_weights
 

@@ -93,7 +93,7 @@ class SDFTCLI(LightningCLI):
     """LightningCLI with the run's callbacks as top-level keys."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `teacher`, `guard`, `watch`, `retention`, `samples`, `cost`, `checkpoint`, `export`."""
+        """Add the keys `teacher`, `guard`, `watch`, `retention`, `samples` and the others."""
         parser.add_lightning_class_args(EMATeacher, "teacher")
         parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(StageWatch, "watch")
