@@ -8,6 +8,7 @@ from sdft.callbacks.config_file import ConfigFile
 from sdft.callbacks.cost import CostReport
 from sdft.callbacks.ema_teacher import EMATeacher
 from sdft.callbacks.export import ModelExport
+from sdft.callbacks.guard import Guard
 from sdft.callbacks.predictions import Predictions
 from sdft.callbacks.progress import StageProgressBar
 from sdft.callbacks.retention import Retention
@@ -18,6 +19,7 @@ __all__ = [
     "ConfigFile",
     "CostReport",
     "EMATeacher",
+    "Guard",
     "ModelExport",
     "Predictions",
     "Retention",

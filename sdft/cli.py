@@ -32,6 +32,7 @@ from sdft.callbacks import (
     ConfigFile,
     CostReport,
     EMATeacher,
+    Guard,
     ModelExport,
     Predictions,
     Retention,
@@ -42,6 +43,7 @@ from sdft.callbacks import (
 )
 from sdft.checkpoint_reader import check_harmless
 from sdft.data import ContinualDataModule
+from sdft.guard import GuardStop
 from sdft.messages import check_yaml, clear_message
 from sdft.module import SDFTModule
 from sdft.ranks import part_ways
@@ -91,8 +93,9 @@ class SDFTCLI(LightningCLI):
     """LightningCLI with the run's callbacks as top-level keys."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `teacher`, `watch`, `retention`, `samples`, `cost`, `checkpoint` and `export`."""
+        """Add the keys `teacher`, `guard`, `watch`, `retention`, `samples` and the others."""
         parser.add_lightning_class_args(EMATeacher, "teacher")
+        parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(StageWatch, "watch")
         parser.add_lightning_class_args(Retention, "retention")
         parser.add_lightning_class_args(Samples, "samples")
@@ -215,6 +218,9 @@ def main(args: list[str] | None = None) -> int:
     except SIGTERMException:
         print("sdft: terminated; go on with --ckpt_path last", file=sys.stderr)
         return 143  # 128 + SIGTERM, as a shell says it
+    except GuardStop as stop:
+        print(f"sdft: {stop}", file=sys.stderr)
+        return 3
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK):
             raise

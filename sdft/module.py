@@ -30,6 +30,7 @@ from sdft.losses import (
 from sdft.micro_step import check_micro_batches
 from sdft.packing import unpack
 from sdft.ranks import gathered, part_of_mean, ranks
+from sdft.repetition import repetition
 from sdft.rollout import Rollout, Sampling, evaluation_mode
 from sdft.states import as_new, heads_known, keeps
 from sdft.student import StudentModule
@@ -262,6 +263,7 @@ class SDFTModule(StudentModule):
         values: dict[str, float | Tensor] = {
             "train/completion_length": batch.mean(draw.completion.lengths_B),
             "train/truncated": batch.mean(draw.completion.truncated_B),
+            "train/repetition": batch.mean(repetition(draw.completion)),
         }
         if self.horizon is not None:
             values["train/horizon"] = float(draw.limit)
