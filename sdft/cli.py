@@ -32,15 +32,18 @@ from sdft.callbacks import (
     ConfigFile,
     CostReport,
     EMATeacher,
+    Filters,
     Guard,
     ModelExport,
     Predictions,
     Retention,
+    Review,
     Samples,
     StageCheckpoint,
     StageProgressBar,
     StageWatch,
 )
+from sdft.callbacks.review import ReviewStop
 from sdft.checkpoint_reader import check_harmless
 from sdft.data import ContinualDataModule
 from sdft.guard import GuardStop
@@ -96,6 +99,8 @@ class SDFTCLI(LightningCLI):
         """Add the keys `teacher`, `guard`, `watch`, `retention`, `samples` and the others."""
         parser.add_lightning_class_args(EMATeacher, "teacher")
         parser.add_lightning_class_args(Guard, "guard")
+        parser.add_lightning_class_args(Filters, "filters")
+        parser.add_lightning_class_args(Review, "review")
         parser.add_lightning_class_args(StageWatch, "watch")
         parser.add_lightning_class_args(Retention, "retention")
         parser.add_lightning_class_args(Samples, "samples")
@@ -207,18 +212,22 @@ def main(args: list[str] | None = None) -> int:
         args: Command-line arguments; those of the process when None.
     """
     _quiet()
-    words = sys.argv[1:] if args is None else args
+    words = [
+        # An option of its own for a person at a terminal.
+        "--review.count=4" if word == "--review" else word
+        for word in (sys.argv[1:] if args is None else args)
+    ]
     try:
         for path in config_files(words):
             check_yaml(path)
         if words and words[0] in COMMANDS:
             return int(import_module(COMMANDS[words[0]]).main(words[1:]))
-        _run_lightning(args)
+        _run_lightning(None if args is None and words == sys.argv[1:] else words)
         part_ways()
     except SIGTERMException:
         print("sdft: terminated; go on with --ckpt_path last", file=sys.stderr)
         return 143  # 128 + SIGTERM, as a shell says it
-    except GuardStop as stop:
+    except (GuardStop, ReviewStop) as stop:
         print(f"sdft: {stop}", file=sys.stderr)
         return 3
     except (ValueError, OSError, MisconfigurationException) as error:

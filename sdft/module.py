@@ -32,6 +32,7 @@ from sdft.packing import unpack
 from sdft.ranks import gathered, part_of_mean, ranks
 from sdft.repetition import repetition
 from sdft.rollout import Rollout, Sampling, evaluation_mode
+from sdft.rollout_filter import RolloutFilter
 from sdft.states import as_new, heads_known, keeps
 from sdft.student import StudentModule
 from sdft.window import Draw, Stale, Window, check_window, look_ahead, of_all_ranks, on_device
@@ -73,6 +74,7 @@ class SDFTModule(StudentModule):
 
     method = "sdft"
     copies: tuple[str, ...] = ("teacher",)
+    rollout_filter: RolloutFilter | None = None
 
     def __init__(
         self,
@@ -142,7 +144,7 @@ class SDFTModule(StudentModule):
         self.phases.enter("generate")
         draw = self._draw(batch, batch_idx)
         way = HiddenLoss if self.compares_hidden else LogitsLoss
-        compared = way(self, batch, draw.completion)
+        compared = way(self, self._filtered(batch, draw.completion), draw.completion)
         self.phases.enter("score")
         compared.score()
         self.phases.enter("update")
@@ -164,6 +166,15 @@ class SDFTModule(StudentModule):
             draw = self.window.take(*place)
         assert draw is not None, "the task stream hands out the batches that it shows ahead"
         return on_device(draw, self.device)
+
+    def _filtered(self, batch: Batch, completion: Rollout) -> Batch:
+        """The batch, where only the rows count that the filter lets through."""
+        if self.rollout_filter is None:
+            return batch
+        kept = self.rollout_filter(batch, completion)
+        dropped_B = torch.tensor([not one for one in kept], dtype=torch.float32)
+        self.log_means({"train/dropped": batch.mean(dropped_B)}, batch.count)
+        return batch.keeping(kept)
 
     @property
     def compares_hidden(self) -> bool:

@@ -21,6 +21,7 @@ from sdft.batch import Batch
 from sdft.callbacks import (
     CostReport,
     EMATeacher,
+    Filters,
     ModelExport,
     Predictions,
     Retention,
@@ -156,6 +157,7 @@ CASES: dict[str, dict[str, Any]] = {
         "module": partial(sdft_module, kind=OwnScore),
         "options": {"updates_per_generation": 2},
     },
+    "filters": {"filters": {"checks": [Some()]}},
     "l2": {"options": lambda: {"penalty": L2ToStart(0.5)}},
     "ewc": {"options": lambda: {"penalty": EWC(5.0, examples=3)}},
     "sft": {"module": other(SFTModule)},
@@ -255,6 +257,7 @@ def run(
         callbacks=[
             case.get("teacher", partial(EMATeacher, rate=0.1))(),
             StageWatch(**case.get("watch", {})),
+            Filters(**case.get("filters", {})),
             Retention(**case.get("retention", {})),
             Samples(2),
             CostReport(),
