@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import signal
 import sys
 import warnings
-import zipfile
+from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -38,7 +41,10 @@ from sdft.callbacks import (
     StageProgressBar,
     StageWatch,
 )
+from sdft.checkpoints import find_checkpoint
+from sdft.configuration import Configuration
 from sdft.data import ContinualDataModule
+from sdft.interruption import Interrupted
 from sdft.messages import check_yaml, clear_message
 from sdft.module import SDFTModule
 from sdft.student import StudentModule
@@ -48,6 +54,7 @@ TRACEBACK = "SDFT_TRACEBACK"
 
 COMMANDS: dict[str, str] = {
     "budget": "sdft.budget_command",
+    "checkpoints": "sdft.checkpoints_command",
     "compare": "sdft.comparison.command",
     "self_edits": "sdft.self_edits.command",
 }
@@ -101,7 +108,8 @@ class SDFTCLI(LightningCLI):
         root = Path(config["trainer"]["default_root_dir"] or os.getcwd())
         check_writable(root)
         if config.get("ckpt_path"):
-            config["ckpt_path"] = str(find_checkpoint(config["ckpt_path"], root))
+            found = find_checkpoint(config["ckpt_path"], root)
+            config["ckpt_path"] = None if found is None else str(found)
         if config.get("weights_only") is None:
             config["weights_only"] = True
         clip = config["trainer"]["gradient_clip_val"]
@@ -119,7 +127,12 @@ class SDFTCLI(LightningCLI):
         if config["logger"] in (None, True):
             root = config["default_root_dir"] or os.getcwd()
             kwargs["logger"] = TensorBoardLogger(root, default_hp_metric=False)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        tree = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand]))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StageCheckpoint):
+                callback.command = Configuration.of_command(tree)
+        return trainer
 
 
 def check_writable(root: Path) -> None:
@@ -137,40 +150,6 @@ def check_writable(root: Path) -> None:
         raise ValueError(
             f"cannot write to trainer.default_root_dir {str(root)!r}: {error.strerror or error}"
         ) from error
-
-
-def find_checkpoint(path: str, root: Path) -> Path:
-    """The checkpoint file that `--ckpt_path` means.
-
-    Args:
-        path: A file, a run's folder (its `checkpoints/last.ckpt`), or `last`: the newest run's
-            under `root`.
-        root: `trainer.default_root_dir`.
-
-    Raises:
-        ValueError: There is none, or it is damaged.
-    """
-    file = _resolve_checkpoint(path, root)
-    if file.is_file() and not zipfile.is_zipfile(file):
-        raise ValueError(
-            f"--ckpt_path {path!r}: {file} is damaged or no checkpoint (its archive has no end): "
-            "take an earlier one of the same folder"
-        )
-    return file
-
-
-def _resolve_checkpoint(path: str, root: Path) -> Path:
-    if path == "last":
-        found = sorted(root.rglob("checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise ValueError(f"--ckpt_path last: no checkpoints/last.ckpt below {root}")
-        return found[-1]
-    file = Path(path)
-    if file.is_dir() and (file / "checkpoints" / "last.ckpt").exists():
-        return file / "checkpoints" / "last.ckpt"
-    if not file.exists():
-        raise ValueError(f"--ckpt_path {path!r} does not exist")
-    return file
 
 
 def config_files(args: list[str]) -> list[Path]:
@@ -195,9 +174,9 @@ def main(args: list[str] | None = None) -> int:
         if words and words[0] in COMMANDS:
             return int(import_module(COMMANDS[words[0]]).main(words[1:]))
         _run_lightning(args)
-    except SIGTERMException:
-        print("sdft: terminated; go on with --ckpt_path last", file=sys.stderr)
-        return 143  # 128 + SIGTERM, as a shell says it
+    except SIGTERMException as ended:
+        print(f"sdft: {farewell(ended, words)}", file=sys.stderr)
+        return ended.code if isinstance(ended.code, int) else 128 + signal.SIGTERM
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK):
             raise
@@ -207,6 +186,26 @@ def main(args: list[str] | None = None) -> int:
         )
         return 2
     return 0
+
+
+def farewell(ended: SIGTERMException, words: Sequence[str]) -> str:
+    """What a run says that a signal has ended, with the command that goes on.
+
+    Args:
+        ended: What has ended it.
+        words: Its command line.
+    """
+    if not isinstance(ended, Interrupted):
+        return "terminated; go on with --ckpt_path last"
+    if ended.checkpoint is None:
+        return f"{ended}: start it again"
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != "--ckpt_path" and not word.startswith("--ckpt_path="):
+            kept.append(word)
+        skip = word == "--ckpt_path"
+    command = ["python", "-m", "sdft", *kept, "--ckpt_path", str(ended.checkpoint)]
+    return f"{ended}; go on with\n  {shlex.join(command)}"
 
 
 def _run_lightning(args: list[str] | None) -> None:

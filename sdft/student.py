@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, cast
 
 import torch
@@ -13,9 +12,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch, Origin
+from sdft.configured import Configured
 from sdft.decode import DecodeEngine
 from sdft.losses import sequence_mean, token_divergence, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
+from sdft.optim import check_rates
 from sdft.penalties import Penalty
 from sdft.prompts import Sees, TeacherTemplate
 from sdft.respondent import Respondent
@@ -115,6 +116,8 @@ class StudentModule(Respondent):
         # Not a submodule: the base is neither trained, sharded nor checkpointed.
         self._base: list[PreTrainedModel] = []
         self._restored: dict[str, dict[str, Tensor]] = {}
+        self.configured: Configured | None = None
+        self._configured_then: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- models and prompts
 
@@ -164,12 +167,11 @@ class StudentModule(Respondent):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over the student's parameters alone, and its schedule."""
         optimizer = self.optimizer(p for p in self.model.parameters() if p.requires_grad)
-        for group in optimizer.param_groups:
-            _check_rate(float(group["lr"]))
-        _check_clipping(self.trainer.gradient_clip_val)
+        check_rates(optimizer, self.trainer.gradient_clip_val)
         scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, StageSchedule):
             scheduler.plan(task_stream(self.trainer).schedule_parts())
+        self.configured = Configured.of(optimizer, scheduler)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
@@ -184,6 +186,12 @@ class StudentModule(Respondent):
                 kept.load_state_dict(self._restored.pop(name))
         if self.penalty is not None:
             self.penalty.check(task_stream(self.trainer))
+
+    def on_train_start(self) -> None:
+        """Have this run's settings of optimizer and schedule win over a checkpoint's."""
+        then, self._configured_then = self._configured_then, None
+        if then is not None and self.configured is not None:
+            self.configured.win(then, self.trainer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed this batch; begin a stage with its first one."""
@@ -268,6 +276,8 @@ class StudentModule(Respondent):
         """Record which model and method the checkpoint belongs to."""
         names = {"method": self.method, "model": self.model_name, "penalty": self._penalty_label}
         checkpoint["sdft"] = {**identity(self.model), **names}
+        if self.configured is not None:
+            checkpoint["configured"] = self.configured.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or method; leave out copies that nobody needs.
@@ -282,18 +292,9 @@ class StudentModule(Respondent):
         check_identity(self.model, self.model_name, found)
         if self._fitting:
             check_training({"method": self.method, "penalty": self._penalty_label}, found)
+            self._configured_then = checkpoint.get("configured")
         self._restored = split_copies(checkpoint["state_dict"], self.state_dict().keys())
 
     @property
     def _penalty_label(self) -> str:
         return "" if self.penalty is None else self.penalty.label
-
-
-def _check_rate(rate: float) -> None:
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(f"the optimizer's lr must be a finite number, 0 or more, found {rate}")
-
-
-def _check_clipping(value: float | None) -> None:
-    if value is not None and not value >= 0:  # NaN, too
-        raise ValueError(f"trainer.gradient_clip_val must be 0 or more, found {value}")
