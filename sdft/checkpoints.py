@@ -21,7 +21,7 @@ LAST = "last.ckpt"
 """Another name of the newest one."""
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 _STAGE = re.compile(r"stage-(\d+)-.+\.ckpt")
-_WHOLE: set[tuple[str, int, int, int]] = set()  # what this process has found whole
+_WHOLE: set[tuple[tuple[str, int, int, int], ...]] = set()  # what this process has found whole
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class Checkpoint:
     def damage(self) -> str | None:
         """What is wrong with it; None when it is whole. Reads all of it, once per process."""
         try:
-            facts = self.path.stat()
-            key = (str(self.path.resolve()), facts.st_ino, facts.st_mtime_ns, facts.st_size)
+            key = _facts(self.path)
             if key not in _WHOLE:
                 check_content(self.path)
                 _WHOLE.add(key)
@@ -164,6 +163,13 @@ class CheckpointFolder:
         except OSError:  # a file system without symbolic links
             os.link(path, alias)
         os.replace(alias, last)
+
+
+def _facts(path: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What tells a file, or those of a folder, from what they are after a change."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    return tuple((name, s.st_ino, s.st_mtime_ns, s.st_size) for name, s in stats)
 
 
 def check_checkpoint(path: Path) -> None:

@@ -86,8 +86,8 @@ def read_label(path: Path) -> dict[str, Any] | None:
             found = json.loads((path / FOLDER_SEAL).read_text(encoding="utf-8"))["label"]
         else:
             with open(path, "rb") as file:
-                comment = _comment(file)
-            found = None if comment is None else json.loads(comment[len(_MARK) : -_DIGITS])
+                comment = _comment(file) or b""
+            found = json.loads(comment[len(_MARK) : -_DIGITS]) if _is_seal(comment) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, dict) else None
@@ -105,7 +105,11 @@ def check_content(path: Path) -> None:
         return
     with open(path, "rb") as file:
         comment = _comment(file)
-        if comment is not None:
+        if comment is None:
+            raise DamagedCheckpoint("its archive has no end: it was cut off, or is no checkpoint")
+        if comment:
+            if not _is_seal(comment):
+                raise DamagedCheckpoint("its seal is not what was written")
             sealed = file.seek(0, os.SEEK_END) - _DIGITS
             _compare(_digest(file, sealed), comment[-_DIGITS:].decode(errors="replace"))
             return
@@ -160,7 +164,7 @@ def _put_comment(file: IO[bytes], writer: _Digesting, label: Label) -> None:
 
 
 def _comment(file: IO[bytes]) -> bytes | None:
-    """Our comment at the end of an archive: mark, label and digest; None without one."""
+    """The comment of an archive that ends where the file does; None without such an archive."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _LONGEST - _END.size))
     tail = file.read()
@@ -168,10 +172,14 @@ def _comment(file: IO[bytes]) -> bytes | None:
     while start >= 0:
         end = start + _END.size
         if end <= len(tail) and _END.unpack(tail[start:end])[-1] == len(tail) - end:
-            comment = tail[end:]
-            return comment if comment.startswith(_MARK) and len(comment) > _DIGITS else None
+            return tail[end:]
         start = tail.find(_END_MARK, start + 1)
     return None
+
+
+def _is_seal(comment: bytes) -> bool:
+    """Whether a comment has mark, label and digest."""
+    return comment.startswith(_MARK) and len(comment) > len(_MARK) + _DIGITS
 
 
 def _digest(file: IO[bytes], size: int | None = None) -> str:
@@ -191,8 +199,6 @@ def _compare(found: str, sealed: str, what: str = "its content") -> None:
 
 
 def _check_archive(path: Path) -> None:
-    if not zipfile.is_zipfile(path):
-        raise DamagedCheckpoint("its archive has no end: it was cut off, or is no checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()

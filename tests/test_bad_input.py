@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint(config: dict[str, Any], capsys: pytest.CaptureFixt
         assert run(config, "--ckpt_path", name) == 0, "the one before it is whole"
         assert "no settings differ" in capsys.readouterr().out
     (before,) = whole.parent.glob("step-*.ckpt")
-    assert run(config, "--ckpt_path", str(whole.resolve())) == 2
+    assert run(config, "--ckpt_path", str(whole.parent / whole.readlink())) == 2
     assert f"take the one before it: {before}" in error(capsys)
 
 
