@@ -27,11 +27,13 @@ class Configured:
     """The settings of an optimizer and its schedule, as plain values.
 
     Attributes:
+        optimizer: The name of its class.
         groups: The settings of each parameter group, `lr` as it was before the schedule scaled it.
         schedule: The schedule's, but for where it stands.
         plan: The steps of each stage's parts; empty for a schedule of another kind.
     """
 
+    optimizer: str
     groups: list[dict[str, Any]]
     schedule: dict[str, Any]
     plan: list[list[int]]
@@ -44,7 +46,8 @@ class Configured:
             group["lr"] = group.pop("initial_lr", group.get("lr"))
         attributes = {k: v for k, v in vars(scheduler).items() if k not in _PROGRESS}
         plan = scheduler.stage_steps if isinstance(scheduler, StageSchedule) else []
-        return cls(groups, _settings(attributes), [list(parts) for parts in plan])
+        name = type(optimizer).__name__
+        return cls(name, groups, _settings(attributes), [list(parts) for parts in plan])
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -56,9 +59,17 @@ class Configured:
         Args:
             then: `to_dict` of the run that wrote the checkpoint.
             trainer: Holds optimizer and schedule with the checkpoint's state and settings.
+
+        Raises:
+            ValueError: The checkpoint's state is another optimizer's.
         """
         if self.to_dict() == then:
             return
+        if self.optimizer != then["optimizer"]:
+            raise ValueError(
+                f"the checkpoint belongs to the optimizer {then['optimizer']!r}, this run's is "
+                f"{self.optimizer!r}, which cannot use its state: resume with the former"
+            )
         (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
         scheduler: Any = config.scheduler
         for name, value in _changed(self.schedule, then["schedule"]).items():

@@ -21,7 +21,7 @@ from sdft.penalties import Penalty
 from sdft.prompts import Sees, TeacherTemplate
 from sdft.respondent import Respondent
 from sdft.rollout import Rollout, RolloutEngine, Sampling
-from sdft.run import is_logged, task_stream
+from sdft.run import begin_after_restart, is_logged, task_stream
 from sdft.schedule import StageSchedule
 from sdft.seeding import derive_seed, run_seed
 from sdft.weights import (
@@ -189,6 +189,7 @@ class StudentModule(Respondent):
 
     def on_train_start(self) -> None:
         """Have this run's settings of optimizer and schedule win over a checkpoint's."""
+        begin_after_restart(self.trainer)
         then, self._configured_then = self._configured_then, None
         if then is not None and self.configured is not None:
             self.configured.win(then, self.trainer)

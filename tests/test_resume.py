@@ -265,6 +265,21 @@ def test_a_stage_that_was_evaluated_late_has_its_files(case: str, fit: Fit, tmp_
         assert report(again) == report(trainer)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_a_run_that_is_resumed_twice(case: str, fit: Fit, tmp_path: Path) -> None:
+    """From every checkpoint of every run that was resumed from a checkpoint."""
+    runs = Runs(fit, tmp_path, CASES[case])
+    trainer, module = runs("whole")
+    expected, retention = outcome(trainer, module), report(trainer)
+    for start in range(1, trainer.global_step + 1):
+        resumed, _ = runs(f"from {start}", runs.step(start))
+        for path in (Path(resumed.log_dir) / "checkpoints").glob("st*.ckpt"):
+            again, student = runs(f"from {start} and {path.stem}", path)
+            assert_same(outcome(again, student), expected)
+            assert report(again) == retention
+
+
 def test_what_is_compared_moves(fit: Fit, tmp_path: Path) -> None:
     """Else the comparison would not notice a run that stands still."""
     runs = Runs(fit, tmp_path, CASES["sdft"])

@@ -200,6 +200,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(config: dict[
     run(command(config, "whole"))
     dice = random.Random(os.getpid())
     resume: list[str] = []
+    story: list[str] = []
     kills = half_written = 0
     child = None
     for attempt in range(30):
@@ -218,6 +219,9 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(config: dict[
             break
         assert child.status() == -signal.SIGKILL, child.told()
         kills += 1
+        place = [line for line in child.told().splitlines() if "Restored" in line]
+        left = sorted(str(path) for path in Path("killed").rglob("*.ckpt"))
+        story.append(f"{attempt} {place[-1:]} {left}")
         half_written += bool(leftovers("killed"))
         if list(Path("killed").rglob("*.ckpt")):
             resume = ["--ckpt_path", "last"]
@@ -226,6 +230,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(config: dict[
     assert kills >= 2
     assert half_written >= 1, "a kill that left half a checkpoint was among them"
     assert leftovers("killed") == [], "what it left was removed at the next start"
+    print("\n".join(story))
     assert_same(outcome("killed"), outcome("whole"))
 
 
