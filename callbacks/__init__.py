@@ -4,6 +4,7 @@ if __name__ == "callbacks":
     raise ImportError("this folder is imported as `sdft.callbacks`, not as `callbacks`")
 
 from sdft.callbacks.checkpoint import StageCheckpoint
+from sdft.callbacks.config_file import ConfigFile
 from sdft.callbacks.cost import CostReport
 from sdft.callbacks.ema_teacher import EMATeacher
 from sdft.callbacks.export import ModelExport
@@ -14,6 +15,7 @@ from sdft.callbacks.samples import Samples
 from sdft.callbacks.stage_watch import StageWatch
 
 __all__ = [
+    "ConfigFile",
     "CostReport",
     "EMATeacher",
     "ModelExport",

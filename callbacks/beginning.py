@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import distributed
 
 from sdft.seeding import set_random_states
-
-T = TypeVar("T")
 
 
 class Beginning(Callback):
@@ -34,12 +31,3 @@ class Beginning(Callback):
             set_random_states(self.states[trainer.global_rank])
         self.states = []
         self.start(trainer, pl_module)
-
-
-def gathered(value: T) -> list[T]:
-    """The value of every process, in the order of ranks; a collective call."""
-    if not distributed.is_available() or not distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values

@@ -17,11 +17,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from sdft.atomic import remove, remove_leftovers
 from sdft.callbacks.after_step import AfterStep
-from sdft.callbacks.beginning import Beginning, gathered
+from sdft.callbacks.beginning import Beginning
 from sdft.callbacks.retention import Retention
 from sdft.checkpoints import FOLDER, CheckpointFolder
 from sdft.configuration import Configuration, difference_table
 from sdft.interruption import Interrupted, Interruption
+from sdft.ranks import gathered
 from sdft.run import is_dry, run_folder, task_stream
 from sdft.seal import read_label, seal
 from sdft.sealed_io import PLACE, SealedIO

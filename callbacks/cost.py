@@ -14,6 +14,7 @@ from sdft.atomic import atomic_write
 from sdft.cost import Ledger
 from sdft.memory import MemoryMeter, process_peak
 from sdft.phases import PhaseClock
+from sdft.ranks import gathered, rank, ranks
 from sdft.run import is_dry, run_folder
 from sdft.student import StudentModule
 
@@ -29,7 +30,9 @@ class CostReport(Callback):
     `memory_kind` says how memory was read. Time between phases (data, checkpoints) is no phase.
 
     It is written after every stage, at the end, and when the run breaks off. A resumed run goes on
-    from its checkpoint's numbers: what the break has lost does not count.
+    from its checkpoint's numbers: what the break has lost does not count. Several processes are
+    counted together: tokens and FLOPs of all, seconds and memory of the slowest and largest one;
+    where such a run breaks off, the file stays as it was last.
 
     Args:
         enabled: Keep the books at all.
@@ -64,7 +67,7 @@ class CostReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """The run breaks off: keep what was measured, and let the exception speak."""
-        if self._clock is None:
+        if self._clock is None or ranks() > 1:  # the others may be gone, or know nothing of it
             return
         with suppress(RuntimeError):  # a broken device cannot be waited for
             self._clock.enter("")
@@ -77,29 +80,34 @@ class CostReport(Callback):
     # ---------------------------------------------------------------- what
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._clock is None or not trainer.is_global_zero or is_dry(trainer):
+        if self._clock is None:
+            return
+        content = self.to_dict(trainer, module)
+        if not trainer.is_global_zero or is_dry(trainer):
             return
         path = run_folder(trainer) / "cost.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.write_text(json.dumps(self.to_dict(trainer, module), indent=1) + "\n", "utf-8")
+            file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
     def to_dict(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """The content of `cost.json`."""
+        """The content of `cost.json`; a collective call."""
         assert isinstance(module, StudentModule)
         assert self._clock is not None
         assert self._clock.memory is not None
-        values = self.ledger.to_dict()
+        ledger = Ledger.joined(gathered(self.ledger))
+        values = ledger.to_dict()
         on_gpu = trainer.strategy.root_device.type == "cuda"
-        peak = self.ledger.total().peak_memory_bytes
+        peak = ledger.total().peak_memory_bytes
         if not on_gpu:  # the system's two accounts of memory lag behind one another a little
-            peak = max(peak, process_peak())
+            peak = max(peak, *gathered(process_peak()))
         values["total"]["peak_memory_bytes"] = peak or None
         return {
             **values,
             "optimizer_steps": trainer.global_step,
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
             "device": _device_name(trainer.strategy.root_device),
+            "processes": ranks(),
             "threads": torch.get_num_threads(),
             "memory_kind": self._clock.memory.kind,
         }
@@ -107,13 +115,15 @@ class CostReport(Callback):
     # ---------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
-        """The costs so far, the running phase's included, as plain numbers."""
+        """The costs so far, the running phase's included, as plain numbers; a collective call."""
         if self._clock is not None:
             self._clock.enter(self._clock.current)
-        return {"phases": self.ledger.state_dict()}
+        return {"phases": Ledger.joined(gathered(self.ledger)).state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the costs of a checkpoint."""
+        """Go on from the costs of a checkpoint; one process does, for it holds those of all."""
+        if rank() > 0:
+            return
         self.ledger.load_state_dict(state_dict["phases"])
 
 

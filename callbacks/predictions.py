@@ -31,6 +31,8 @@ class Predictions(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write them all."""
+        if not trainer.is_global_zero:
+            return
         path = run_folder(trainer) / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:

@@ -13,6 +13,7 @@ from sdft.data import ContinualDataModule
 from sdft.encoded import Encoded
 from sdft.evaluation import DEFAULT_ARTIFACTS, Artifacts
 from sdft.evaluator import Evaluator
+from sdft.flat_sharding import is_flat
 from sdft.metrics import Cell
 from sdft.pass_at import PassAt
 from sdft.report import RetentionReport
@@ -102,6 +103,8 @@ class Retention(Callback):
         """Read the examples now: what cannot be read fails before anything is trained."""
         if not self.enabled:
             return
+        if self.evaluator.base is not None and is_flat(getattr(pl_module, "model", None)):
+            raise ValueError("retention.kl_to_base must be false with FSDPStrategy")
         data = task_stream(trainer)
         for task in data.evaluated:
             if not self._examples(data, task):

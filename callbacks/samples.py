@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdft.batch import Batch
 from sdft.encoded import collate
+from sdft.flat_sharding import is_flat
 from sdft.module import SDFTModule
 from sdft.rollout import Rollout, Sampling, evaluation_mode
 from sdft.run import is_dry, run_folder, task_stream
@@ -42,6 +43,11 @@ class Samples(Callback):
         """The samples that a resumed run still owes."""
         if self._stages is not None and trainer.current_epoch > self._stages:
             self._sample(trainer, pl_module, trainer.current_epoch - 1)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what cannot be sampled, before anything is trained."""
+        if self.count and is_flat(getattr(pl_module, "model", None)):
+            raise ValueError("samples.count must be 0 with FSDPStrategy")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The samples of the stage that has just ended."""

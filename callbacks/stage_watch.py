@@ -15,6 +15,7 @@ from sdft.callbacks.after_step import AfterStep
 from sdft.callbacks.standing import Action, Policy, Standing
 from sdft.evaluation import score_responses
 from sdft.evaluator import respond_all
+from sdft.ranks import agreed
 from sdft.run import end_stage, is_dry, run_folder, task_stream
 from sdft.student import StudentModule
 from sdft.tasks import Task
@@ -162,7 +163,7 @@ class StageWatch(AfterStep):
         # Looking must not change what is trained, whatever an engine or a scorer draws.
         with torch.random.fork_rng():
             columns = [own, *_old(trainer, stage)]
-            found = {task.name: self._score(trainer, module, task) for task in columns}
+            found = agreed({task.name: self._score(trainer, module, task) for task in columns})
         module.phases.enter(phase)
         return own.name, {name: score for name, score in found.items() if score is not None}
 

@@ -46,11 +46,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
     """Yield a new, empty folder beside `path`; on success it becomes `path`.
 
     Where another process has made `path` meanwhile, that one stays and this one's is removed. When
     the block raises, nothing is left.
+
+    Args:
+        path: The folder.
+        replace: Put it in the place of a folder that is there, which is then deleted.
 
     Raises:
         OSError: The parent folder is missing or not writable, or the disk is full.
@@ -60,16 +64,40 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for child in temporary.iterdir():
-            with open(child, "rb") as file:
-                os.fsync(file.fileno())
-        try:
-            os.rename(temporary, path)
-        except OSError:
-            if not path.is_dir():
-                raise
+        for child in temporary.rglob("*"):
+            if child.is_file():
+                with open(child, "rb") as file:
+                    os.fsync(file.fileno())
+        if replace and path.is_dir():
+            exchange(temporary, path)
+        else:
+            _rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        if not path.is_dir():
+            raise
+
+
+def exchange(temporary: Path, path: Path) -> None:
+    """Put a folder in the place of another one, which is deleted.
+
+    These are two renames: no system call of Python's exchanges folders at once. The old one stays
+    under a temporary name in between.
+    """
+    aside = temporary_path(path)
+    os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        os.rename(aside, path)
+        raise
+    remove(aside)
 
 
 def sync_folder(path: Path) -> None:

@@ -18,14 +18,19 @@ from torch import Tensor
 from sdft.batch import pad
 from sdft.encoded import Encoded
 from sdft.evaluation import Response
+from sdft.head_losses import head_divergence
 from sdft.losses import token_divergence
+from sdft.packing import unpack
+from sdft.ranks import gathered, rank, ranks
 from sdft.rollout import Rollout, evaluation_mode
+from sdft.sharding import whole
+from sdft.states import heads_known, keeps, states
 from sdft.student import StudentModule
 
 log = logging.getLogger(__name__)
 
 LOGITS = 2**26
-"""Logits that are held at once per model: 256 MB in fp32."""
+"""Logits that are held at once per model, where whole ones are needed: 256 MB in fp32."""
 
 
 class BaseResponses:
@@ -92,12 +97,16 @@ def base_responses(
 ) -> list[list[int]]:
     """The base's greedy responses, as token ids."""
     assert module.base is not None
-    responses: list[list[int]] = []
-    for start in range(0, len(prompts), batch_size):
-        with module.forward_precision():
-            batch = prompts[start : start + batch_size]
-            responses += module.sample(module.base, batch, module.greedy).completions()
-    return responses
+    own: dict[int, list[int]] = {}
+    with module.forward_precision(), whole(module.base):
+        for start in range(0, len(prompts), batch_size):
+            places = range(start, min(start + batch_size, len(prompts)))[rank() :: ranks()]
+            if places:
+                batch = [prompts[place] for place in places]
+                found = module.sample(module.base, batch, module.greedy).completions()
+                own |= dict(zip(places, found, strict=True))
+    responses = {place: ids for part in gathered(own) for place, ids in part.items()}
+    return [responses[place] for place in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -113,21 +122,29 @@ def mean_divergence(
         module: Holds the student and the base.
         prompts: Token ids of B prompts.
         responses: Token ids of a response to each, none of them empty.
-        batch_size: Rows at once, at most; fewer where the logits would be too many.
+        batch_size: Rows at once, at most; fewer where whole logits are needed and too many.
     """
-    longest = max(map(len, responses))
-    vocabulary = module.model.config.get_text_config().vocab_size
-    rows = max(1, min(batch_size, LOGITS // (longest * vocabulary)))
+    rows = batch_size if _from_states(module) else _rows(module, responses, batch_size)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     total = 0.0
     with module.forward_precision(), evaluation_mode(module.model):
         for start in range(0, len(order), rows):
             chosen = order[start : start + rows]
-            means_B = _divergences(
-                module, [prompts[i] for i in chosen], [responses[i] for i in chosen]
-            )
-            total += float(means_B.sum())
-    return total / len(order)
+            # Without a row of its own a process takes one that it does not count: all pass alike.
+            own = chosen[rank() :: ranks()] or chosen[:1]
+            means_B = _divergences(module, [prompts[i] for i in own], [responses[i] for i in own])
+            total += float(means_B.sum()) if rank() < len(chosen) else 0.0
+    return sum(gathered(total)) / len(order)
+
+
+def _from_states(module: StudentModule) -> bool:
+    return keeps(module, StudentModule, "logits") and heads_known(module.model, module.base)
+
+
+def _rows(module: StudentModule, responses: Sequence[Sequence[int]], batch_size: int) -> int:
+    """Rows whose whole logits may be held at once."""
+    vocabulary = int(module.model.config.get_text_config().vocab_size)
+    return max(1, min(batch_size, LOGITS // (max(map(len, responses)) * vocabulary)))
 
 
 def _divergences(
@@ -137,7 +154,12 @@ def _divergences(
     assert module.base is not None
     ids_BT, mask_BT = pad(responses, module.pad_id, "right", module.device)
     completion = Rollout(ids_BT, mask_BT, torch.zeros(len(responses), dtype=torch.bool))
-    student_BTV = module.logits(module.model, prompts, completion)
-    base_BTV = module.logits(module.base, prompts, completion)
-    per_token_BT = token_divergence(student_BTV, base_BTV).masked_fill(~mask_BT, 0.0)
+    if _from_states(module):
+        student = states(module, module.model, prompts, completion)
+        base = states(module, module.base, prompts, completion)
+        per_token_BT = unpack(head_divergence(*student, *base), mask_BT)
+    else:
+        student_BTV = module.logits(module.model, prompts, completion)
+        base_BTV = module.logits(module.base, prompts, completion)
+        per_token_BT = token_divergence(student_BTV, base_BTV).masked_fill(~mask_BT, 0.0)
     return per_token_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)

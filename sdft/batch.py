@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdft.examples import Example
+from sdft.share import Share
 
 Origin = Literal["new", "past", "general"]
 """Where a row comes from: the stage's own task, an earlier one, or general prompts."""
@@ -25,9 +26,11 @@ class Batch:
         student_ids: B student prompts.
         teacher_ids: B teacher prompts; an empty one where nothing needs it.
         origins: B origins; all "new" unless a mixture joined others to the batch.
+        share: Where the rows stand in the whole batch, when processes have dealt it among
+            themselves; None where this is all of it.
     """
 
-    __slots__ = ("examples", "origins", "student_ids", "teacher_ids")
+    __slots__ = ("examples", "origins", "share", "student_ids", "teacher_ids")
 
     def __init__(
         self,
@@ -35,11 +38,13 @@ class Batch:
         student_ids: Sequence[Sequence[int]],
         teacher_ids: Sequence[Sequence[int]] = (),
         origins: Sequence[Origin] | None = None,
+        share: Share | None = None,
     ) -> None:
         self.examples = list(examples)
         self.student_ids = [list(ids) for ids in student_ids]
         self.teacher_ids = [list(ids) for ids in teacher_ids]
         self.origins: list[Origin] = ["new"] * len(self.examples) if origins is None else [*origins]
+        self.share = share
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -51,15 +56,64 @@ class Batch:
             [self.student_ids[row] for row in rows],
             [self.teacher_ids[row] for row in rows] if self.teacher_ids else (),
             [self.origins[row] for row in rows],
+            self.share and self.share.rows(rows),
         )
 
     def repeat(self, times: int) -> Batch:
         """Every example `times` times, neighbours together."""
-        return self.rows([row for row in range(len(self)) for _ in range(times)])
+        repeated = self.rows([row for row in range(len(self)) for _ in range(times)])
+        repeated.share = self.share and self.share.repeat(times)
+        return repeated
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """The rows of several batches, one after another."""
+        shares = [batch.share for batch in batches if batch.share is not None]
+        assert len(shares) in (0, len(batches)), "all of them dealt, or none"
+        return cls(
+            [example for batch in batches for example in batch.examples],
+            [ids for batch in batches for ids in batch.student_ids],
+            [ids for batch in batches for ids in batch.teacher_ids],
+            [origin for batch in batches for origin in batch.origins],
+            Share.joined(shares) if shares else None,
+        )
 
     def of(self, *origins: Origin) -> Batch:
         """The rows of these origins, in their order; may be empty."""
-        return self.rows([row for row, origin in enumerate(self.origins) if origin in origins])
+        chosen = self.rows([row for row, origin in enumerate(self.origins) if origin in origins])
+        chosen.share = self.share and self.share.of(origins)
+        return chosen
+
+    @property
+    def real(self) -> list[bool]:
+        """Whether each row counts (see `Share`)."""
+        return [True] * len(self) if self.share is None else list(self.share.real)
+
+    @property
+    def count(self) -> int:
+        """Rows that count."""
+        return sum(self.real)
+
+    def mean(self, values_B: Tensor) -> Tensor:
+        """The mean over the rows that count; NaN where none does."""
+        chosen_B = values_B if all(self.real) else values_B[torch.tensor(self.real)]
+        return chosen_B.float().mean()
+
+    @property
+    def total(self) -> int:
+        """Rows of the whole batch."""
+        return len(self) if self.share is None else self.share.total
+
+    def counted(self, mask_BT: Tensor) -> Tensor:
+        """A mask of the rows' tokens, without those of rows that do not count."""
+        return counted(mask_BT, self.real)
+
+
+def counted(mask_BT: Tensor, real: Sequence[bool] | None) -> Tensor:
+    """A mask of rows' tokens without the rows that do not count; all do when None."""
+    if real is None or all(real):
+        return mask_BT
+    return mask_BT & torch.tensor(real, device=mask_BT.device)[:, None]
 
 
 def pad(

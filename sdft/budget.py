@@ -9,6 +9,7 @@ every token, the rest is arithmetic.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +20,8 @@ Phase = Literal["always", "rollout", "update"]
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 STATE_BYTES = {"adamw": 8, "adamw_bf16": 4, "adamw_8bit": 2, "sgd": 0}
 COPY_BYTES = {"float32": 4, "bfloat16": 2, "none": 0}
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # 8 bits more per 64 weights, and fp32 per 256 of those
+TEACHER_RANKS = 4  # the teacher's rank over the student's
 _CHUNK = 1024  # rows of logits at a time
 _CHUNK_COPIES = 4  # fp32 [chunk, V] tensors alive at once in the chunked divergence
 _FULL_COPIES = 6  # fp32 [N, V] tensors alive at once in the plain one: both sides, probabilities
@@ -62,6 +65,8 @@ class Storage:
         base: Of the tracked base; `none` without `track_base`.
         checkpointing: Recompute activations in the backward pass.
         full_logits: Hold all logits of a micro-batch in place of chunks.
+        lora_rank: Of adapters that train in place of the weights; 0 trains the weights.
+        quantization: `nf4` keeps the base's linear layers in 4 bits; with adapters alone.
         gpus: Over how many the weights, gradients, states and copies are sharded.
     """
 
@@ -71,11 +76,21 @@ class Storage:
     base: Literal["float32", "bfloat16", "none"] = "none"
     checkpointing: bool = True
     full_logits: bool = False
+    lora_rank: int = 0
+    quantization: Literal["none", "nf4"] = "none"
     gpus: int = 1
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise ValueError(f"gpus must be at least 1, found {self.gpus}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 or more, found {self.lora_rank}")
+        if self.quantization != "none" and self.lora_rank == 0:
+            raise ValueError("quantization needs a lora_rank: weights of 4 bits cannot be trained")
+        if self.lora_rank > 0 and self.gpus > 1:
+            raise ValueError(
+                f"gpus must be 1 with a lora_rank, found {self.gpus}: adapters are not sharded"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,30 @@ class Device:
 
 def memory_lines(shape: ModelShape, work: Workload, keep: Storage) -> list[Line]:
     """The lines of the memory budget, per GPU."""
+    held = _adapter_lines(shape, keep) if keep.lora_rank else _weight_lines(shape, keep)
+    return [*held, *_rollout_lines(shape, work, keep), *_update_lines(shape, work, keep)]
+
+
+def _adapter_lines(shape: ModelShape, keep: Storage) -> list[Line]:
+    """A base that is shared by student, teacher and base, and fp32 adapters."""
+    rank, weight = keep.lora_rank, WEIGHT_BYTES[keep.weights]
+    adapters = shape.adapter_parameters(rank) / keep.gpus
+    packed = shape.linear_parameters if keep.quantization == "nf4" else 0
+    size = (weight * (shape.parameters - packed) + NF4_BYTES * packed) / keep.gpus
+    formula = f"{weight} B × P" + (f", {NF4_BYTES:.3f} B per packed weight" if packed else "")
+    states = STATE_BYTES[keep.optimizer]
+    lines = [
+        Line("base", size, formula),
+        Line("adapters", 4 * adapters, f"4 B × A, A = {rank}·Σ(in + out)"),
+        Line("gradients", 4 * adapters, "4 B × A"),
+        Line(f"optimizer ({keep.optimizer})", states * adapters, f"{states} B × A"),
+    ]
+    if keep.teacher != "none":
+        lines.append(Line("teacher", 4 * TEACHER_RANKS * adapters, f"4 B × {TEACHER_RANKS}·A"))
+    return lines
+
+
+def _weight_lines(shape: ModelShape, keep: Storage) -> list[Line]:
     per_gpu = shape.parameters / keep.gpus
     weight = WEIGHT_BYTES[keep.weights]
     lines = [
@@ -122,11 +161,29 @@ def memory_lines(shape: ModelShape, work: Workload, keep: Storage) -> list[Line]
     ):
         if each:
             lines.append(Line(name, each * per_gpu, f"{each} B × P"))
-    if keep.weights == "float32":
-        phases: tuple[Phase, Phase] = ("rollout", "update")
-        size = 2 * per_gpu
-        lines += [Line("bf16 casts of the weights", size, "2 B × P", phase) for phase in phases]
-    return [*lines, *_rollout_lines(shape, work, keep), *_update_lines(shape, work, keep)]
+    lines += _cast_lines(shape, keep) if keep.gpus == 1 else _gathered_lines(shape, keep)
+    return lines
+
+
+def _cast_lines(shape: ModelShape, keep: Storage) -> list[Line]:
+    """Beside the weights of a model that is not sharded."""
+    if keep.weights == "bfloat16":
+        return []
+    phases: tuple[Phase, Phase] = ("rollout", "update")
+    size = 2 * shape.parameters
+    return [Line("bf16 casts of the weights", size, "2 B × P", phase) for phase in phases]
+
+
+def _gathered_lines(shape: ModelShape, keep: Storage) -> list[Line]:
+    """What a sharded model holds whole: all of it for a rollout, then two layers at a time."""
+    root, layer = shape.root_parameters, shape.layer_parameters
+    passing = root + 2 * layer  # the layer that runs, and the next one on its way
+    head = shape.vocab * shape.hidden  # the teacher's, for the loss
+    return [
+        Line("gathered weights", 2 * shape.parameters, "2 B × P", "rollout"),
+        Line("gathered weights", 2 * (passing + head), "2 B × (R + 2·layer + V·D)", "update"),
+        Line("gradients to scatter", 4 * (root + layer), "4 B × (R + layer)", "update"),
+    ]
 
 
 def _rollout_lines(shape: ModelShape, work: Workload, keep: Storage) -> list[Line]:
@@ -169,12 +226,21 @@ def peak(lines: list[Line]) -> float:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step by phase, and of an SFT step on the same tokens."""
+    """Seconds of one optimizer step by phase, and of an SFT step on the same tokens.
+
+    Attributes:
+        generate: Decoding and prefill.
+        score: The teacher's forward pass.
+        update: The student's passes, optimizer and average.
+        sft: The student's passes and the optimizer.
+        parts: The same, one by one.
+    """
 
     generate: float
     score: float
     update: float
     sft: float = field(default=0.0)
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -183,14 +249,17 @@ class StepTime:
 
 
 def step_time(shape: ModelShape, work: Workload, keep: Storage, device: Device) -> StepTime:
-    """Seconds of an SDFT step by the cost model; data parallel over `keep.gpus`, no communication.
+    """Seconds of an SDFT step by the cost model; data parallel over `keep.gpus`.
+
+    Communication is left out (`sdft.step_time` adds it).
 
     Decoding: Σ_t max[(2P + B·(Tp+t)·kv)/bandwidth, 2P·B/FLOPs]; prefill 2P·B·Tp, teacher
     2P·B·(Tp+Td+Tc), student 6P·B·(Tp+Tc) FLOPs (8P with recomputation); AdamW ≈ 30·P bytes and the
-    EMA ≈ 14·P bytes of traffic.
+    EMA ≈ 14·P bytes of traffic. Under adapters the weights need no gradient (2P less), and P of the
+    latter two is theirs.
     """
     matrix = shape.matrix_parameters
-    batch = work.batch / keep.gpus
+    batch = math.ceil(work.batch / keep.gpus)
     cache = 2 * shape.kv_values
     decode = 0.0
     for step in range(work.completion):
@@ -200,15 +269,23 @@ def step_time(shape: ModelShape, work: Workload, keep: Storage, device: Device) 
     prefill = 2 * matrix * batch * work.prompt / rate
     teacher_tokens = batch * (work.prompt + work.demonstration + work.completion)
     student_tokens = batch * (work.prompt + work.completion)
-    passes = 8 if keep.checkpointing else 6
-    traffic = (30 * shape.parameters / keep.gpus) / device.bandwidth
-    average = (
-        (14 * shape.parameters / keep.gpus) / device.bandwidth if keep.teacher != "none" else 0
-    )
-    update = passes * matrix * student_tokens / rate + traffic
+    passes = (8 if keep.checkpointing else 6) - (2 if keep.lora_rank else 0)
+    trained = shape.adapter_parameters(keep.lora_rank) if keep.lora_rank else shape.parameters
+    traffic = (30 * trained / keep.gpus) / device.bandwidth
+    average = (14 * trained / keep.gpus) / device.bandwidth if keep.teacher != "none" else 0
+    student = passes * matrix * student_tokens / rate
+    score = 2 * matrix * teacher_tokens / rate
     return StepTime(
         generate=decode / device.mbu + prefill,
-        score=2 * matrix * teacher_tokens / rate,
-        update=update + average,
-        sft=update,
+        score=score,
+        update=student + traffic + average,
+        sft=student + traffic,
+        parts={
+            "decode": decode / device.mbu,
+            "prefill": prefill,
+            "teacher": score,
+            "student": student,
+            "optimizer": traffic,
+            "average": average,
+        },
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdft.atomic import remove, sync_folder, temporary_path
+from sdft.atomic import exchange, remove, sync_folder, temporary_path
 from sdft.seal import DamagedCheckpoint, check_content, is_folder_checkpoint, read_label
 
 log = logging.getLogger(__name__)
@@ -19,6 +19,8 @@ FOLDER = "checkpoints"
 """Where a run keeps them, below its own folder."""
 LAST = "last.ckpt"
 """Another name of the newest one."""
+AUTO = "auto"
+"""What `--ckpt_path` is called by a command that both starts a run and goes on with it."""
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 _STAGE = re.compile(r"stage-(\d+)-.+\.ckpt")
 _WHOLE: set[tuple[tuple[str, int, int, int], ...]] = set()  # what this process has found whole
@@ -139,10 +141,7 @@ class CheckpointFolder:
         """
         path = self.path / name
         if path.is_dir() and not path.is_symlink():  # a folder cannot be replaced at once
-            aside = temporary_path(path)
-            os.rename(path, aside)
-            os.rename(temporary, path)
-            remove(aside)
+            exchange(temporary, path)
         else:
             os.replace(temporary, path)
         self._point(path)
@@ -189,22 +188,20 @@ def check_checkpoint(path: Path) -> None:
     raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {damage}; {offer}")
 
 
-def find_checkpoint(path: str, root: Path) -> Path | None:
+def find_checkpoint(path: str, root: Path) -> Path:
     """The checkpoint that `--ckpt_path` means, whole.
 
     Args:
-        path: A checkpoint; a run's folder or its `last.ckpt`: the newest one that is whole; `last`:
-            that of the newest run under `root`; `auto`: the same, or none where there is no run.
+        path: A checkpoint; a run's folder or its `last.ckpt`: the newest one that is whole; `last`
+            or `auto`: that of the newest run under `root`.
         root: `trainer.default_root_dir`.
 
     Raises:
         ValueError: There is none, or it is damaged.
     """
     try:
-        if path in ("last", "auto"):
+        if path in ("last", AUTO):
             runs = sorted(_runs(root), key=lambda run: run.found()[0].written)
-            if not runs and path == "auto":
-                return None
             if not runs:
                 raise ValueError(f"no {FOLDER}/*.ckpt below {root}")
             return runs[-1].newest().path
@@ -218,6 +215,13 @@ def find_checkpoint(path: str, root: Path) -> Path | None:
         return place
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"--ckpt_path {path}: {error}") from error
+
+
+def start_of_run(path: str, root: Path) -> Path | None:
+    """The same, and None for `auto` where no run is there to go on from (see `find_checkpoint`)."""
+    if path == AUTO and next(_runs(root), None) is None:
+        return None
+    return find_checkpoint(path, root)
 
 
 def _runs(root: Path) -> Iterator[CheckpointFolder]:

@@ -1,6 +1,6 @@
-"""The exact divergence from hidden states, a few rows at a time: no `[N, V]` tensor ever exists.
+"""The exact losses from hidden states, a few rows at a time: no `[N, V]` tensor ever exists.
 
-The heads are applied to one chunk of rows, the divergence's gradient with respect to the chunk's
+The heads are applied to one chunk of rows, the loss's gradient with respect to the chunk's
 logits is written down in closed form, carried on to hidden states and head, and forgotten. So one
 pass, the forward one, gives values and gradients, and the memory is that of a chunk and of the
 head's gradient.
@@ -9,14 +9,16 @@ head's gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdft.divergence import check_alpha, check_temperature
-from sdft.sweep import Gradients, Head, Sweep, SweepSettings, Wanted
+from sdft.buckets import check_top_k
+from sdft.divergence import check_alpha, check_temperature, loss_dtype
+from sdft.forward_gradient import swept_loss
+from sdft.objectives import CrossEntropy, Divergence, TopKDivergence
+from sdft.sweep import Head, Objective, SweepSettings
+from sdft.topk import TopK, check_target
 
 CPU_ROWS, GPU_ROWS = 256, 1024
 
@@ -35,6 +37,7 @@ def chunked_divergence(
     vocab_size: int | None = None,
     weights_N: Tensor | None = None,
     chunk_size: int | None = None,
+    top_k: int | None = None,
 ) -> Tensor:
     """`token_divergence` of two heads' logits, `hidden @ weight.T + bias`, which never stand whole.
 
@@ -64,6 +67,8 @@ def chunked_divergence(
             cost nothing and give 0 whatever stands in their rows.
         chunk_size: Rows at once; None: 256 on CPU, 1024 elsewhere. Memory grows with it: 3 (JSD 4,
             softcap 1 more) fp32 tensors of `[chunk_size, V]`.
+        top_k: Compare this many tokens one by one and all others as one, the tail, as
+            `sdft.losses.bucket_divergence` does: never above the exact value. None: all of them.
 
     Returns:
         `[N]`, nats, fp32 (fp64 for fp64 input); times `weights_N` if given.
@@ -74,96 +79,134 @@ def chunked_divergence(
     """
     check_alpha(alpha)
     check_temperature(temperature)
+    check_top_k(top_k)
     teacher = _checked_head("teacher", teacher_hidden_ND, teacher_weight_VD, teacher_bias_V)
     student = _checked_head("student", student_hidden_ND, student_weight_VD, student_bias_V)
+    student_dtype = _product_dtype(student_hidden_ND)
+    teacher_dtype = _product_dtype(teacher_hidden_ND)
+    vocabulary = _common_vocabulary(student, teacher, vocab_size)
     settings = SweepSettings(
-        alpha=alpha,
         temperature=temperature,
         softcap=_checked_softcap(softcap),
-        vocabulary=_common_vocabulary(student, teacher, vocab_size),
+        vocabulary=vocabulary,
         chunk_size=_checked_chunk_size(chunk_size, student_hidden_ND.device),
-        student_dtype=_product_dtype(student_hidden_ND),
-        teacher_dtype=_product_dtype(teacher_hidden_ND),
+        student_dtype=student_dtype,
+        dtype=loss_dtype(torch.promote_types(student_dtype, teacher_dtype)),
     )
-    _check_rows(student, teacher, weights_N)
-    detached = [None if tensor is None else tensor.detach() for tensor in teacher]
-    values_N: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-        settings, torch.is_grad_enabled(), *student, *detached, weights_N
+    if len(teacher_hidden_ND) != len(student_hidden_ND):
+        raise ValueError(
+            f"student and teacher differ in tokens: {len(student_hidden_ND)} and "
+            f"{len(teacher_hidden_ND)} rows"
+        )
+    _check_weights(student, weights_N)
+    fixed = Head(*(None if tensor is None else tensor.detach() for tensor in teacher))  # type: ignore[arg-type]
+    likeliest = None if top_k is None or top_k >= vocabulary else top_k
+    objective = Divergence(fixed, alpha, teacher_dtype, likeliest)
+    return swept_loss(settings, objective, student, weights_N)
+
+
+def chunked_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    times_probability: bool = False,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    weights_N: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """`token_cross_entropy` of a head's logits, `hidden @ weight.T + bias`, never whole.
+
+    Gradients, types, weights and memory as in `chunked_divergence`, with 2 tensors of
+    `[chunk_size, V]`.
+
+    Args:
+        hidden_ND: `[N, D]`, the head's input.
+        weight_VD: `[V, D]`; may be tied to the embedding.
+        targets_N: `[N]`, token ids below V.
+        times_probability: Multiply each token's value by its probability, through which no gradient
+            passes: p·CE, with the gradient −∇p (DFT, arXiv 2508.05629, eq. 9).
+        bias_V: `[V]`; −inf rules a token out.
+        softcap: Logits become softcap·tanh(logits / softcap).
+        weights_N: `[N]`, factors of the tokens' values, without a gradient; 0 hides a row.
+        chunk_size: Rows at once; None: 256 on CPU, 1024 elsewhere.
+
+    Returns:
+        `[N]`, nats, fp32 (fp64 for fp64 input); times `weights_N` if given.
+
+    Raises:
+        ValueError: A number out of range or shapes that do not fit together.
+        RuntimeError: In a backward pass with `create_graph=True`: there is no second derivative.
+    """
+    student = _checked_head("student", hidden_ND, weight_VD, bias_V)
+    if targets_N.shape != (len(hidden_ND),):
+        raise ValueError(f"targets_N must be [{len(hidden_ND)}], found {list(targets_N.shape)}")
+    objective = CrossEntropy(targets_N, times_probability)
+    return _against_targets(student, objective, 1.0, softcap, weights_N, chunk_size)
+
+
+def chunked_topk_divergence(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target: TopK,
+    *,
+    temperature: float = 1.0,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    weights_N: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """`topk_divergence` of a head's logits, `hidden @ weight.T + bias`, which never stand whole.
+
+    Gradients, types, weights and memory as in `chunked_divergence`, with 4 tensors of
+    `[chunk_size, V]`.
+
+    Args:
+        hidden_ND: `[N, D]`, the student head's input.
+        weight_VD: `[V, D]`; may be tied to the embedding.
+        target: Of the N tokens: ids and log-probabilities `[N, K]`, tail `[N]`.
+        temperature: Divides the student's logits.
+        bias_V: `[V]`; −inf rules a token out.
+        softcap: Logits become softcap·tanh(logits / softcap), before the temperature.
+        weights_N: `[N]`, factors of the tokens' divergences, without a gradient; 0 hides a row.
+        chunk_size: Rows at once; None: 256 on CPU, 1024 elsewhere.
+
+    Returns:
+        `[N]`, nats, fp32 (fp64 for fp64 input); times `weights_N` if given.
+
+    Raises:
+        ValueError: A number out of range or shapes that do not fit together.
+        RuntimeError: In a backward pass with `create_graph=True`: there is no second derivative.
+    """
+    check_temperature(temperature)
+    student = _checked_head("student", hidden_ND, weight_VD, bias_V)
+    check_target((len(hidden_ND), len(weight_VD)), target)
+    return _against_targets(
+        student, TopKDivergence(target), temperature, softcap, weights_N, chunk_size
     )
-    return values_N
 
 
-class _Chunked(torch.autograd.Function):
-    """Takes the student's hidden states, weight and bias, the teacher's, and the weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, settings: SweepSettings, tracked: bool, *tensors: Tensor | None
-    ) -> Tensor:
-        wanted = Wanted(*(tracked and needed for needed in ctx.needs_input_grad[2:5]))
-        values_N, gradients = _swept(settings, tensors, tensors[-1], wanted)
-        if any(wanted):
-            ctx.settings, ctx.gradients = settings, gradients
-            ctx.save_for_backward(*tensors)
-        return values_N
-
-    @staticmethod
-    def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
-        # torch's once_differentiable lets this pass where the upstream gradient is a constant.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "chunked_divergence has no second derivative: create_graph=True is not possible "
-                "through it, use token_divergence"
-            )
-        _, weight_VD, bias_V, *_, weights_N = ctx.saved_tensors
-        hidden, weight, bias = ctx.needs_input_grad[2:5]
-        factors_N = upstream_N if weights_N is None else upstream_N * weights_N
-        hidden_ND = _times_rows(ctx.gradients.hidden_ND, factors_N) if hidden else None
-        if not (weight or bias):
-            return None, None, hidden_ND, *[None] * 6
-        head = _head_gradients(ctx, upstream_N, factors_N)
-        weight_VD, bias_V = _as(head.weight_VD, weight_VD), _as(head.bias_V, bias_V)
-        return None, None, hidden_ND, weight_VD, bias_V, None, None, None, None
-
-
-def _swept(
-    settings: SweepSettings,
-    tensors: Sequence[Tensor | None],
+def _against_targets(
+    student: Head,
+    objective: Objective,
+    temperature: float,
+    softcap: float | None,
     weights_N: Tensor | None,
-    wanted: Wanted,
-) -> tuple[Tensor, Gradients]:
-    student, teacher = Head(*tensors[:3]), Head(*tensors[3:6])  # type: ignore[arg-type]
-    with torch.autocast(student.hidden_ND.device.type, enabled=False):
-        return Sweep(settings, student, teacher, weights_N, wanted).run()
-
-
-def _head_gradients(ctx: Any, upstream_N: Tensor, factors_N: Tensor) -> Gradients:
-    """Those of the forward pass, used up, if the upstream gradient is what they presume."""
-    ready: Gradients = ctx.gradients
-    ctx.gradients = Gradients(ready.hidden_ND, None, None)
-    summed = [total for total in (ready.weight_VD, ready.bias_V) if total is not None]
-    if summed and _uniform(upstream_N):
-        for total in summed:
-            total.mul_(upstream_N[0] if len(upstream_N) else 1.0)
-        return ready
-    del ready, summed
-    wanted = Wanted(False, *ctx.needs_input_grad[3:5])
-    return _swept(ctx.settings, ctx.saved_tensors, factors_N, wanted)[1]
-
-
-def _uniform(upstream_N: Tensor) -> bool:
-    """Whether one factor serves all; 0 does not, since rows that do not count may hold NaN."""
-    return bool(((upstream_N == upstream_N[:1]) & (upstream_N != 0)).all())
-
-
-def _times_rows(gradient_ND: Tensor, factors_N: Tensor) -> Tensor:
-    """Each row times its factor; 0 hides whatever the row holds."""
-    product = gradient_ND * factors_N[:, None]
-    return product.masked_fill_((factors_N == 0)[:, None], 0.0).to(gradient_ND.dtype)
-
-
-def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if gradient is None or like is None else gradient.to(like.dtype)
+    chunk_size: int | None,
+) -> Tensor:
+    """An objective of the student alone, over its whole vocabulary."""
+    dtype = _product_dtype(student.hidden_ND)
+    settings = SweepSettings(
+        temperature=temperature,
+        softcap=_checked_softcap(softcap),
+        vocabulary=len(student.weight_VD),
+        chunk_size=_checked_chunk_size(chunk_size, student.hidden_ND.device),
+        student_dtype=dtype,
+        dtype=loss_dtype(dtype),
+    )
+    _check_weights(student, weights_N)
+    return swept_loss(settings, objective, student, weights_N)
 
 
 # ---------------------------------------------------------------- arguments
@@ -210,14 +253,10 @@ def _common_vocabulary(student: Head, teacher: Head, vocab_size: int | None) -> 
     return vocab_size
 
 
-def _check_rows(student: Head, teacher: Head, weights_N: Tensor | None) -> None:
-    rows = len(student.hidden_ND)
-    if len(teacher.hidden_ND) != rows:
-        raise ValueError(
-            f"student and teacher differ in tokens: {rows} and {len(teacher.hidden_ND)} rows"
-        )
+def _check_weights(student: Head, weights_N: Tensor | None) -> None:
     if weights_N is None:
         return
+    rows = len(student.hidden_ND)
     if weights_N.shape != (rows,):
         raise ValueError(f"weights_N must be [{rows}], found {list(weights_N.shape)}")
     if weights_N.requires_grad and torch.is_grad_enabled():

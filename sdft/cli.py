@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import transformers
 import yaml
+from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -31,6 +32,7 @@ import sdft.methods
 import sdft.mixtures
 import sdft.penalties  # noqa: F401 - the same
 from sdft.callbacks import (
+    ConfigFile,
     CostReport,
     EMATeacher,
     ModelExport,
@@ -41,13 +43,18 @@ from sdft.callbacks import (
     StageProgressBar,
     StageWatch,
 )
-from sdft.checkpoints import find_checkpoint
+from sdft.checkpoint_reader import check_harmless
+from sdft.checkpoints import find_checkpoint, start_of_run
 from sdft.configuration import Configuration
 from sdft.data import ContinualDataModule
 from sdft.interruption import Interrupted
 from sdft.messages import check_yaml, clear_message
 from sdft.module import SDFTModule
+from sdft.ranks import part_ways
+from sdft.redaction import check_filled, redacted_text
 from sdft.student import StudentModule
+
+log = logging.getLogger(__name__)
 
 TRACEBACK = "SDFT_TRACEBACK"
 """Set this environment variable to see the Python traceback behind an error."""
@@ -56,9 +63,13 @@ COMMANDS: dict[str, str] = {
     "budget": "sdft.budget_command",
     "checkpoints": "sdft.checkpoints_command",
     "compare": "sdft.comparison.command",
+    "export": "sdft.export.command",
+    "generate": "sdft.generate_command",
     "self_edits": "sdft.self_edits.command",
 }
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
+
+SYNC = "It is recommended to use `self.log"  # values are those of all processes already
 
 EPILOG = f"Beside these: {', '.join(COMMANDS)} (python -m sdft COMMAND --help)."
 
@@ -79,7 +90,7 @@ class Parser(LightningArgumentParser):
         """Print the line and exit with status 2."""
         if not self.exit_on_error:  # a parser within the parser: the outermost one speaks
             super().error(message, ex)
-        print(f"sdft: error: {clear_message(message)}", file=sys.stderr)
+        print(f"sdft: error: {redacted_text(clear_message(message))}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -105,13 +116,18 @@ class SDFTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the output folder, resolve `ckpt_path`, load checkpoints without pickle."""
         config = self.config[self.subcommand]
+        check_filled(config.as_dict())
         root = Path(config["trainer"]["default_root_dir"] or os.getcwd())
         check_writable(root)
         if config.get("ckpt_path"):
-            found = find_checkpoint(config["ckpt_path"], root)
+            found = start_of_run(config["ckpt_path"], root)
             config["ckpt_path"] = None if found is None else str(found)
         if config.get("weights_only") is None:
             config["weights_only"] = True
+        if not config["weights_only"]:
+            log.warning("weights_only is off: a checkpoint may run code of its own")
+        elif config.get("ckpt_path"):
+            check_harmless(Path(config["ckpt_path"]))
         clip = config["trainer"]["gradient_clip_val"]
         if clip is not None and not clip >= 0:
             raise ValueError(f"trainer.gradient_clip_val must be 0 or more, found {clip}")
@@ -141,7 +157,7 @@ def check_writable(root: Path) -> None:
     Raises:
         ValueError: It cannot be made or written.
     """
-    probe = root / ".sdft-write-probe"
+    probe = root / f".sdft-write-probe-{os.getpid()}"  # several processes may ask at once
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
@@ -174,16 +190,15 @@ def main(args: list[str] | None = None) -> int:
         if words and words[0] in COMMANDS:
             return int(import_module(COMMANDS[words[0]]).main(words[1:]))
         _run_lightning(args)
+        part_ways()
     except SIGTERMException as ended:
         print(f"sdft: {farewell(ended, words)}", file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else 128 + signal.SIGTERM
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(
-            f"sdft: error: {clear_message(str(error))}\n(set {TRACEBACK}=1 for the traceback)",
-            file=sys.stderr,
-        )
+        told = redacted_text(clear_message(str(error)))
+        print(f"sdft: error: {told}\n(set {TRACEBACK}=1 for the traceback)", file=sys.stderr)
         return 2
     return 0
 
@@ -215,6 +230,7 @@ def _run_lightning(args: list[str] | None) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        save_config_callback=ConfigFile,
         seed_everything_default=0,
         trainer_defaults=dict(TRAINER_DEFAULTS),
         save_config_kwargs={"overwrite": True},
@@ -226,12 +242,19 @@ def _run_lightning(args: list[str] | None) -> None:
 
 def _quiet() -> None:
     """Silence what is no news here: the teacher is in eval mode on purpose, and advertisements."""
-    for noise in ("does not have many workers", "in eval mode at the start", "isinstance.treespec"):
+    for noise in (
+        "does not have many workers",
+        "in eval mode at the start",
+        "isinstance.treespec",
+        SYNC,
+    ):
         warnings.filterwarnings("ignore", message=f".*{noise}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip: For seamless" not in record.getMessage()
     )
     transformers.utils.logging.disable_progress_bar()
+    if getattr(rank_zero_only, "rank", None):  # the first process says it for all
+        logging.getLogger("sdft").setLevel(logging.ERROR)
 
 
-__all__ = ["SDFTCLI", "SDFTModule", "main"]
+__all__ = ["SDFTCLI", "SDFTModule", "find_checkpoint", "main"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 PHASES = ("prepare", "generate", "score", "update", "evaluate", "track")
@@ -60,6 +60,21 @@ class Ledger:
     def add(self, phase: str, cost: PhaseCost) -> None:
         """Enter an occurrence of a phase, or a part of one."""
         self.phases.setdefault(phase, PhaseCost()).add(cost)
+
+    @classmethod
+    def joined(cls, ledgers: Sequence[Ledger]) -> Ledger:
+        """The ledger of processes that work side by side: tokens and FLOPs of all together.
+
+        Seconds are those of the slowest process, and memory is that of the one that took most.
+        """
+        joined = cls()
+        for name in dict.fromkeys(name for ledger in ledgers for name in ledger.phases):
+            costs = [ledger[name] for ledger in ledgers]
+            cost = PhaseCost(seconds=max(cost.seconds for cost in costs))
+            for other in costs:
+                cost.add(replace(other, seconds=0.0))
+            joined.add(name, cost)
+        return joined
 
     def total(self, phases: Iterable[str] | None = None) -> PhaseCost:
         """The sum over some phases, or over all; of memory the largest."""

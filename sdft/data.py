@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 from sdft.batch import Batch, Origin
-from sdft.encoded import Encoded, collate, encode_split
+from sdft.encoded import Encoded, encode_split
+from sdft.loaders import evaluation_loader, own_share
 from sdft.mixtures import MIXTURES, Mixture, stage_parts
 from sdft.prompts import Encoder
 from sdft.seeding import run_seed
@@ -58,8 +58,9 @@ class ContinualDataModule(LightningDataModule):
     Args:
         tasks: The sequence to learn, in order.
         suites: Prior abilities: only ever evaluated.
-        batch_size: Prompts per training batch.
-        eval_batch_size: Prompts per batch in evaluation.
+        batch_size: Prompts per training batch; several processes deal them among themselves, so
+            that a run learns from the same batches whatever their number.
+        eval_batch_size: Prompts per batch in evaluation, of all processes together, too.
         steps: Optimizer steps per stage, for tasks that set neither `steps` nor `epochs`.
         epochs: Passes per stage, for tasks that set neither; 1 when nothing is set anywhere.
         shuffle: Shuffle each pass over a task.
@@ -228,11 +229,6 @@ class ContinualDataModule(LightningDataModule):
         if stage != "fit":
             return
         assert self.trainer is not None
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                f"the task stream runs in one process, found {self.trainer.world_size}: set "
-                "trainer.devices to 1"
-            )
         for task in self.tasks:
             if not self.encoded(task, "train"):
                 raise ValueError(f"task {task.name!r} has no training examples")
@@ -263,8 +259,18 @@ class ContinualDataModule(LightningDataModule):
         """The current stage's batches."""
         assert self.trainer is not None
         stage = min(self.trainer.current_epoch, len(self.tasks) - 1)
-        self._loader = StageLoader(self.mixed_batches(stage), collate, stage)
+        self._loader = StageLoader(self.mixed_batches(stage), own_share(), stage)
         return self._loader
+
+    def coming(self, start: int, end: int) -> list[Batch]:
+        """Batches of the stage under way, to look ahead: none is handed out by it.
+
+        Args:
+            start: Index of the first one in the stage.
+            end: Index behind the last one; a stage that ends earlier has fewer.
+        """
+        assert self._loader is not None, "no stage is under way"
+        return self._loader.coming(start, end)
 
     def end_stage(self) -> None:
         """Hand out no further batch of the stage under way: one half of `sdft.run.end_stage`."""
@@ -276,38 +282,34 @@ class ContinualDataModule(LightningDataModule):
         """Whether the stage under way ends before its last batch."""
         return self._loader is not None and self._loader.ended
 
-    def val_dataloader(self) -> list[DataLoader[Encoded]]:
+    def val_dataloader(self) -> list[Any]:
         """In `fit` every task, in `validate` every suite too: those with a validation split."""
         assert self.trainer is not None
         # The same loaders in every stage: Lightning refuses a log key that changes its loader.
         fitting = self.trainer.state.fn == "fit"
         return self._loaders(self.tasks if fitting else self.evaluated, "validation")
 
-    def test_dataloader(self) -> list[DataLoader[Encoded]]:
+    def test_dataloader(self) -> list[Any]:
         """Every task and suite that has a test split."""
         return self._loaders(self.evaluated, "test")
 
-    def predict_dataloader(self) -> list[DataLoader[Encoded]]:
+    def predict_dataloader(self) -> list[Any]:
         """Every task and suite that has a test split."""
         return self.test_dataloader()
 
-    def _loaders(self, tasks: Sequence[Task], split: Split) -> list[DataLoader[Encoded]]:
+    def _loaders(self, tasks: Sequence[Task], split: Split) -> list[Any]:
         self.evaluating = [task for task in tasks if self.encoded(task, split)]
-        return [
-            DataLoader(
-                cast(Any, self.encoded(task, split)),
-                batch_size=self.eval_batch_size,  # by name: `predict` re-creates the loader so
-                collate_fn=collate,
-            )
-            for task in self.evaluating
-        ]
+        size = self.eval_batch_size
+        return [evaluation_loader(self.encoded(task, split), size) for task in self.evaluating]
 
     # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """The sequence that a checkpoint belongs to, and the stage that it was written in."""
         assert self.trainer is not None
-        return {"tasks": [task.name for task in self.tasks], "stage": self.trainer.current_epoch}
+        names = {"tasks": [task.name for task in self.tasks]}
+        names["suites"] = [suite.name for suite in self.suites]
+        return {**names, "stage": self.trainer.current_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint of another sequence; tasks that are still to come may differ.

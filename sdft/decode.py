@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.direct import DirectForward, runs_directly
+from sdft.draws import Uniform
 from sdft.forward import Forward, ModelForward, takes_cache
 from sdft.graph import StepGraph
 from sdft.rollout import (
@@ -69,9 +71,8 @@ class DecodeEngine(RolloutEngine):
 
 def _trimmed(rollout: Rollout, pad_id: int) -> Rollout:
     """As wide as the longest completion, with padding after each end."""
-    longest = int(rollout.lengths_B.max())
     ids_BT = rollout.ids_BT.masked_fill(~rollout.mask_BT, pad_id)
-    return Rollout(ids_BT[:, :longest], rollout.mask_BT[:, :longest], rollout.truncated_B)
+    return replace(rollout, ids_BT=ids_BT).trimmed()
 
 
 def _pace(device: torch.device) -> tuple[int, float]:
@@ -120,7 +121,7 @@ class _Decoding:
         self.output_TB = self.rows_R.new_zeros(sampling.max_new_tokens, len(prompts))
         # One number for every row of the batch, ended or not: a row's draws do not depend on when
         # its neighbours end.
-        self.uniform_B = torch.zeros(len(prompts), device=device)
+        self.uniform = Uniform(len(prompts), device)
         self.look_every, self.shrink_at = _pace(device)
         self.graph = StepGraph() if forward.capturable else None
 
@@ -160,14 +161,14 @@ class _Decoding:
 
     def _roll(self) -> None:
         if self.sampling.temperature > 0:
-            self.uniform_B.uniform_()
+            self.uniform.draw()
 
     def _step(self) -> None:
         # Captured as a CUDA graph: in place, and without a decision of the host.
         self._append(self.forward.step(self.ids_R))
 
     def _append(self, logits_RV: Tensor) -> None:
-        ids_R = draw(logits_RV, self.sampling, self.uniform_B[self.rows_R])
+        ids_R = draw(logits_RV, self.sampling, self.uniform.values_B[self.rows_R])
         self.ids_R.copy_(ids_R)
         self.output_TB.view(-1).index_copy_(0, self.place_R, ids_R)
         self.place_R.add_(self.output_TB.shape[1])

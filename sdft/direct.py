@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from sdft.adapters import folded
 from sdft.batch import pad
+from sdft.flat_sharding import inner
 from sdft.forward import Forward, ModelForward, prefill_limits, sub_batches
 from sdft.known import is_known, is_plain
 from sdft.row_cache import RowCache
@@ -72,7 +74,7 @@ class DirectForward(Forward):
     def __init__(self, model: PreTrainedModel, new_tokens: int) -> None:
         decoder: Any = model.model
         self.embed: Function = partial(F.embedding, weight=decoder.embed_tokens.weight)
-        self.blocks = [_Block(layer) for layer in decoder.layers]
+        self.blocks = [_Block(inner(layer)) for layer in decoder.layers]
         self.norm, self.head = _norm(decoder.norm), _linear(model.lm_head)
         self.rotary = decoder.rotary_emb
         self.key_heads = model.config.num_key_value_heads
@@ -183,11 +185,12 @@ class _Block:
         return states_RTD + self.down(self.activation(self.gate(inner_RTD)) * self.up(inner_RTD))
 
 
-def _linear(module: nn.Module) -> Function:
-    # Whatever else stands in a linear layer's place (adapters, quantised weights) is called.
+def _linear(module: Any) -> Function:
+    # Whatever else stands in a linear layer's place (quantised weights) is called.
     if type(module) is nn.Linear and is_plain(module):
         return partial(F.linear, weight=module.weight, bias=module.bias)
-    return module
+    weight = folded(module)
+    return module if weight is None else partial(F.linear, weight=weight, bias=module.bias)
 
 
 def _norm(module: Any) -> Function:

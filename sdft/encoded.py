@@ -10,6 +10,7 @@ from sdft.batch import Batch, Origin
 from sdft.examples import Example
 from sdft.prompts import Encoder
 from sdft.scorers import Scorer
+from sdft.share import deal
 from sdft.tasks import Split, Task
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,16 @@ def collate(items: Sequence[Encoded]) -> Batch:
         [item.teacher_ids for item in items],
         [item.origin for item in items],
     )
+
+
+def collate_share(items: Sequence[Encoded], rank: int, ranks: int) -> Batch:
+    """A process's share of a batch of encoded examples; the batch itself where it is alone."""
+    if ranks == 1:
+        return collate(items)
+    share = deal([item.origin for item in items], rank, ranks)
+    batch = collate([items[place] for place in share.places])
+    batch.share = share
+    return batch
 
 
 def encode_split(

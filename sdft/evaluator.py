@@ -9,12 +9,15 @@ from dataclasses import replace
 import torch
 
 from sdft.base_kl import BaseResponses
+from sdft.draws import Draws
 from sdft.encoded import Encoded
 from sdft.evaluation import Artifacts, Response, score_responses, summarise
 from sdft.metrics import Cell, Estimate
 from sdft.pass_at import PassAt
+from sdft.ranks import agreed, gathered, rank, ranks
 from sdft.rollout import Sampling
 from sdft.seeding import derive_seed, run_seed
+from sdft.sharding import whole
 from sdft.student import StudentModule
 from sdft.tasks import Task
 
@@ -41,7 +44,7 @@ class Evaluator:
         self, module: StudentModule, task: Task, encoded: Sequence[Encoded], batch_size: int
     ) -> Cell:
         """The cell of the greedy responses alone."""
-        return self._summary(task, encoded, respond_all(module, encoded, batch_size))
+        return agreed(self._summary(task, encoded, respond_all(module, encoded, batch_size)))
 
     def cell(
         self,
@@ -72,7 +75,7 @@ class Evaluator:
         if self.pass_at is not None and with_pass_at and cell.score is not None:
             passes = sample_passes(self.pass_at, module, task, encoded, batch_size, stage)
             cell = replace(cell, pass_at=passes)
-        return cell
+        return agreed(cell)  # scorers are asked by every process, and need not answer alike
 
     def _summary(
         self, task: Task, encoded: Sequence[Encoded], responses: Sequence[Response]
@@ -103,24 +106,34 @@ def sample_passes(
     items = sorted(encoded[: pass_at.limit], key=lambda item: len(item.student_ids))
     together = max(1, batch_size // n)  # examples at a time: only their scores are kept
     # A seed of its own, so that looking never changes what is trained.
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(run_seed(), "pass@k", task.name, stage))
+    seed = derive_seed(run_seed(), "pass@k", task.name, stage)
+    with torch.random.fork_rng(), whole(module.model):
+        torch.manual_seed(derive_seed(seed, rank()) if ranks() > 1 else seed)
         for start in range(0, len(items), together):
             rows = [item for item in items[start : start + together] for _ in range(n)]
-            try:
-                scores += _sampled_scores(pass_at, module, task, rows, batch_size)
-            except ValueError as error:
-                log.warning("%s", error)
+            chunk_seed = derive_seed(seed, start)
+            found = _sampled_scores(pass_at, module, task, rows, batch_size, chunk_seed)
+            if found is None:
                 return None
+            scores += found
     return pass_at.estimates([scores[start : start + n] for start in range(0, len(scores), n)])
 
 
 def _sampled_scores(
-    pass_at: PassAt, module: StudentModule, task: Task, rows: list[Encoded], batch_size: int
-) -> list[float]:
+    pass_at: PassAt,
+    module: StudentModule,
+    task: Task,
+    rows: list[Encoded],
+    batch_size: int,
+    seed: int,
+) -> list[float] | None:
     sampling = Sampling(module.greedy.max_new_tokens, pass_at.temperature)
-    responses = respond_all(module, rows, batch_size, sampling)
-    return score_responses(task, [row.example for row in rows], responses)
+    responses = respond_all(module, rows, batch_size, sampling, seed)
+    try:
+        return agreed(score_responses(task, [row.example for row in rows], responses))
+    except ValueError as error:
+        log.warning("%s", error)
+        return agreed(None)
 
 
 def respond_all(
@@ -128,21 +141,31 @@ def respond_all(
     encoded: Sequence[Encoded],
     batch_size: int,
     sampling: Sampling | None = None,
+    seed: int = 0,
 ) -> list[Response]:
     """Responses to all examples, in their order; batched by length to save padding.
+
+    Several processes deal the rows of every batch among themselves, and all get all responses.
 
     Args:
         module: Answers.
         encoded: The examples.
-        batch_size: Prompts at once.
+        batch_size: Prompts at once, of all processes together.
         sampling: How they are drawn; greedily when None.
+        seed: Draws them whatever the number of processes.
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].student_ids))
-    responses: list[Response | None] = [None] * len(encoded)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        prompts = [encoded[i].student_ids for i in chosen]
-        answers = module.respond(prompts, sampling or module.greedy)
-        for i, response in zip(chosen, answers, strict=True):
-            responses[i] = response
-    return [response for response in responses if response is not None]
+    own: dict[int, Response] = {}
+    with whole(module.model):
+        for start in range(0, len(order), batch_size):
+            places = range(start, min(start + batch_size, len(order)))[rank() :: ranks()]
+            if not places:
+                continue
+            prompts = [encoded[order[place]].student_ids for place in places]
+            rows = tuple(place - start for place in places)
+            total = min(batch_size, len(order) - start)
+            draws = None if sampling is None else Draws(rows, total, derive_seed(seed, start))
+            answers = module.respond(prompts, sampling or module.greedy, draws)
+            own |= {order[place]: answer for place, answer in zip(places, answers, strict=True)}
+    found = {i: response for part in gathered(own) for i, response in part.items()}
+    return [found[i] for i in range(len(encoded))]

@@ -11,6 +11,7 @@ from sdft.losses import token_cross_entropy
 from sdft.respondent import Respondent
 from sdft.rollout import Rollout, Sampling, evaluation_mode
 from sdft.seeding import derive_seed
+from sdft.sharding import is_sharded
 from sdft.weights import trained_parameters
 
 
@@ -40,13 +41,29 @@ def diagonal_fisher(
             torch.manual_seed(derive_seed(seed, place))
             response = module.sample(module.model, [prompt], Sampling(module.greedy.max_new_tokens))
             likelihood = response_likelihood(module, prompt, response)
-            gradients = torch.autograd.grad(
-                likelihood, list(parameters.values()), allow_unused=True
-            )
+            gradients = _gradients(module, likelihood, list(parameters.values()))
             for total, gradient in zip(totals.values(), gradients, strict=True):
                 if gradient is not None:
                     total.addcmul_(gradient.float(), gradient.float(), value=1 / len(prompts))
     return totals
+
+
+def _gradients(
+    module: Respondent, value: Tensor, parameters: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """The value's gradient with respect to each parameter, None where it has none."""
+    if not is_sharded(module.model):
+        return torch.autograd.grad(value, parameters, allow_unused=True)
+    # Only a backward pass reaches shards. All processes have the same value: its mean is it.
+    kept = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        value.backward()
+        return [parameter.grad for parameter in parameters]
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
 
 
 def response_likelihood(module: Respondent, prompt: Sequence[int], response: Rollout) -> Tensor:

@@ -65,6 +65,9 @@ class ModelFlops:
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelFlops:
         """Read a model as it is now: what is trained may change."""
+        known = getattr(model, "sdft_flops", None)
+        if isinstance(known, ModelFlops):  # of a model whose parameters no longer show their shape
+            return known
         modules = list(model.modules())  # once: it is what takes the time
         weights = {id(p): p for m in modules for p in m.parameters(recurse=False) if p.dim() > 1}
         head = getattr(model.get_output_embeddings(), "weight", None)

@@ -15,8 +15,10 @@ import torch
 from transformers import PreTrainedModel
 
 from sdft.checks import AnyCheck, Facts, count_reasons, reason_to_drop, shown_reasons
+from sdft.draws import Draws
 from sdft.examples import Example
 from sdft.jsonl import Record, read_jsonl
+from sdft.ranks import gathered, rank, ranks
 from sdft.respondent import Respondent
 from sdft.rollout import Sampling
 from sdft.scorers import Scorer
@@ -76,7 +78,8 @@ def generate(
     """One answer per prompt, batch by batch; prompts of like length share a batch.
 
     What is drawn is a function of the arguments alone: the batch size has a part in it, and what
-    was drawn before has none. The caller's random numbers are left as they were.
+    was drawn before has none. The caller's random numbers are left as they were. Several processes
+    deal the prompts of every batch among themselves, and all get all answers.
 
     Args:
         respondent: Brings engine, tokenizer and precision.
@@ -92,12 +95,33 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        with torch.random.fork_rng(), respondent.forward_precision():
-            torch.manual_seed(derive_seed(seed, "generated", start))
-            rollout = respondent.sample(model, [prompts[place] for place in places], sampling)
-        ids, truncated = rollout.completions(), rollout.truncated_B.tolist()
-        answers = [Answer(i, respondent.decode(i), t) for i, t in zip(ids, truncated, strict=True)]
-        yield list(zip(places, answers, strict=True))
+        batch_seed = derive_seed(seed, "generated", start)
+        if ranks() == 1:
+            own = _answered(respondent, model, prompts, places, sampling, batch_seed, None)
+        else:
+            rows = range(len(places))[rank() :: ranks()] or range(1)
+            draws = Draws(tuple(rows), len(places), batch_seed)
+            dealt = [places[row] for row in rows]
+            own = _answered(respondent, model, prompts, dealt, sampling, batch_seed, draws)
+        found = {place: answer for part in gathered(own) for place, answer in part.items()}
+        yield [(place, found[place]) for place in places]
+
+
+def _answered(
+    respondent: Respondent,
+    model: PreTrainedModel,
+    prompts: Sequence[PromptIds],
+    places: Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    draws: Draws | None,
+) -> dict[int, Answer]:
+    with torch.random.fork_rng(), respondent.forward_precision():
+        torch.manual_seed(seed if draws is None else derive_seed(seed, rank()))
+        rollout = respondent.sample(model, [prompts[place] for place in places], sampling, draws)
+    ids, truncated = rollout.completions(), rollout.truncated_B.tolist()
+    answers = [Answer(i, respondent.decode(i), t) for i, t in zip(ids, truncated, strict=True)]
+    return dict(zip(places, answers, strict=True))
 
 
 def checked(answer: Answer, request: Request, checks: Sequence[AnyCheck]) -> Answer:
@@ -182,13 +206,20 @@ class AnswerBook:
     def __contains__(self, prompt: object) -> bool:
         return prompt in self._places
 
-    def choose(self, prompts: Sequence[Sequence[int]], seed: int) -> list[int | None]:
+    def choose(
+        self, prompts: Sequence[Sequence[int]], seed: int, rows: Sequence[int] | None = None
+    ) -> list[int | None]:
         """For each prompt the place of one of its kept answers, drawn; None where it has none.
 
         Args:
             prompts: B encoded prompts.
             seed: Of the draw.
+            rows: Where the prompts stand in a batch that processes have dealt; 0 to B - 1 when
+                None. A row draws the same whoever has it.
         """
-        rng = random.Random(seed)
         found = [self._places.get(tuple(prompt), []) for prompt in prompts]
-        return [rng.choice(places) if places else None for places in found]
+        numbers = range(len(prompts)) if rows is None else rows
+        return [
+            random.Random(derive_seed(seed, row)).choice(places) if places else None
+            for row, places in zip(numbers, found, strict=True)
+        ]

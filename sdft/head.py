@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from sdft.packable import backbone, close
+from sdft.packable import backbone, close, why_not_packable
 from sdft.rollout import evaluation_mode
+from sdft.sharding import gathered, is_shard, is_sharded, whole
 
 log = logging.getLogger(__name__)
 
@@ -58,22 +59,50 @@ class Head:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
+    def gathered(self, dtype: torch.dtype | None = None) -> Head:
+        """The same with whole weights, without a gradient, where these are shards.
+
+        Args:
+            dtype: Gather shards in this type: a collective call.
+        """
+        if not is_shard(self.weight_VD):
+            return self
+        weight_VD = gathered(self.weight_VD.detach().to(dtype))
+        bias_V = None if self.bias_V is None else gathered(self.bias_V.detach().to(dtype))
+        return replace(self, weight_VD=weight_VD, bias_V=bias_V)
+
 
 def head(model: PreTrainedModel) -> Head | None:
     """The parts of the model's LM head; None where they do not give the model's logits.
 
     Whoever gets None takes the model's own logits (`sdft.scoring`); a warning says so, once per
-    model. The check runs once per model and draws no random numbers.
+    model. The check runs once per model and draws no random numbers. Of a sharded model the parts
+    are whole inside `forwarded` and `whole` alone; the first use is a collective call, outside
+    both.
     """
-    found = _parts(model)
     if model not in _VERIFIED:
-        _VERIFIED[model] = found is not None and _gives_the_logits(model, found)
+        with whole(model):
+            found = _parts(model)
+            _VERIFIED[model] = found is not None and _gives_the_logits(model, found)
+            if is_sharded(model):  # asked here, for later not every process may need to know
+                why_not_packable(model)
         if not _VERIFIED[model]:
             log.warning(
                 "the LM head of %s is of no known form: its whole logits are computed",
                 type(model).__name__,
             )
-    return found if _VERIFIED[model] else None
+    return _parts(model) if _VERIFIED[model] else None
+
+
+def gathered_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Head | None:
+    """The parts of a model's head without a gradient, whole wherever they are asked for.
+
+    Args:
+        model: Its head may be sharded: a collective call then.
+        dtype: Gather a sharded head in this type.
+    """
+    found = head(model)
+    return None if found is None else found.gathered(dtype)
 
 
 def _parts(model: PreTrainedModel) -> Head | None:

@@ -1,13 +1,14 @@
-"""What a loss needs of hidden states: divergence and entropy behind heads, in chunks of rows."""
+"""What a loss needs of hidden states: the losses and figures behind heads, in chunks of rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sdft.chunked import chunked_divergence
+from sdft.chunked import chunked_cross_entropy, chunked_divergence, chunked_topk_divergence
 from sdft.head import Head
 from sdft.losses import token_entropy
+from sdft.topk import TopK, topk_targets
 
 _ROWS = 256
 
@@ -21,6 +22,7 @@ def head_divergence(
     alpha: float = 0.0,
     temperature: float = 1.0,
     weights_N: Tensor | None = None,
+    top_k: int | None = None,
 ) -> Tensor:
     """`chunked_divergence` of two models' hidden states, heads' scale and cap included.
 
@@ -32,6 +34,7 @@ def head_divergence(
         alpha: 0 forward KL, 1 reverse KL, between: JSD.
         temperature: Divides the logits of both sides.
         weights_N: `[N]`, factors of the tokens' divergences; sum the result for one pass.
+        top_k: Tokens compared one by one, the others as one; None: all.
 
     Returns:
         `[N]`, nats.
@@ -50,7 +53,79 @@ def head_divergence(
         teacher_bias_V=teacher_bias,
         softcap=student.softcap,
         weights_N=weights_N,
+        top_k=top_k,
     )
+
+
+def head_cross_entropy(
+    hidden_ND: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    *,
+    times_probability: bool = False,
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """`chunked_cross_entropy` of a model's hidden states, the head's scale and cap included.
+
+    Args:
+        hidden_ND: Hidden states, `[N, D]`; carry the gradient.
+        head: Carries the gradient.
+        targets_N: Token ids.
+        times_probability: Multiply each token's value by its probability, as a constant.
+        weights_N: `[N]`, factors of the tokens' values; sum the result for one pass.
+
+    Returns:
+        `[N]`, nats.
+    """
+    hidden_ND, weight_VD, bias_V = _scaled(hidden_ND, head)
+    return chunked_cross_entropy(
+        hidden_ND,
+        weight_VD,
+        targets_N,
+        times_probability=times_probability,
+        bias_V=bias_V,
+        softcap=head.softcap,
+        weights_N=weights_N,
+    )
+
+
+def head_topk_divergence(
+    hidden_ND: Tensor,
+    head: Head,
+    target: TopK,
+    *,
+    temperature: float = 1.0,
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """`chunked_topk_divergence` of a model's hidden states, the head's scale and cap included.
+
+    Args:
+        hidden_ND: Hidden states, `[N, D]`; carry the gradient.
+        head: Carries the gradient.
+        target: Of the N tokens.
+        temperature: Divides the student's logits.
+        weights_N: `[N]`, factors of the tokens' divergences; sum the result for one pass.
+
+    Returns:
+        `[N]`, nats.
+    """
+    hidden_ND, weight_VD, bias_V = _scaled(hidden_ND, head)
+    return chunked_topk_divergence(
+        hidden_ND,
+        weight_VD,
+        target,
+        temperature=temperature,
+        bias_V=bias_V,
+        softcap=head.softcap,
+        weights_N=weights_N,
+    )
+
+
+@torch.no_grad()
+def head_topk_targets(hidden_ND: Tensor, head: Head, k: int, temperature: float = 1.0) -> TopK:
+    """`topk_targets` of each next-token distribution: `[N, D]` → `[N, K]`, `[N, K]` and `[N]`."""
+    parts = [topk_targets(head.logits(rows), k, temperature) for rows in hidden_ND.split(_ROWS)]
+    return TopK(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 @torch.no_grad()

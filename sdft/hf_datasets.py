@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sdft.hub import load_failure
 from sdft.jsonl import Record
 
 DataFiles = str | list[str] | dict[str, str]
@@ -22,11 +23,21 @@ class DatasetSource:
             that `save_to_disk` wrote.
         subset: The configuration of a dataset that has several.
         data_files: Files for a builder, as `load_dataset` takes them.
+
+    Raises:
+        ValueError: The builder for pickles.
     """
 
     path: str
     subset: str | None = None
     data_files: DataFiles | None = None
+
+    def __post_init__(self) -> None:
+        if self.path == "pandas":
+            raise ValueError(
+                "dataset 'pandas': this builder reads pickles, which may run code; save the table "
+                "as parquet or CSV"
+            )
 
     def __str__(self) -> str:
         subset = f" (subset {self.subset!r})" if self.subset else ""
@@ -72,6 +83,7 @@ class DatasetSource:
     def _load(self, split: str | None = None) -> Any:
         import datasets  # takes a second to import: only when a dataset is read
 
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # would call home, for local files too
         try:
             if _is_saved(self.path):
                 return datasets.load_from_disk(self.path)
@@ -80,7 +92,7 @@ class DatasetSource:
             )
         # An IndexError is how `datasets` meets a saved table without rows.
         except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"cannot load {self}: {error}") from error
+            raise ValueError(f"cannot load {self}: {load_failure(error)}") from error
 
 
 def _is_saved(path: str) -> bool:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from transformers import PreTrainedModel
 
+from sdft.flat_sharding import inner
 from sdft.kv_cache import attention_windows
+from sdft.sharding import is_hook_of_sharding, original
 
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others change with the length
@@ -39,9 +41,9 @@ def is_known(model: PreTrainedModel) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module would do what its class says, on ordinary tensors."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return (
-        not module._forward_hooks
-        and not module._forward_pre_hooks
+        all(map(is_hook_of_sharding, hooks))  # what these do is done: the weights are whole
         and "forward" not in vars(module)
         and all(type(p) in (nn.Parameter, Tensor) for p in module.parameters(recurse=False))
     )
@@ -52,7 +54,7 @@ def _parts(model: Any) -> Iterator[tuple[nn.Module, str]]:
     decoder = model.model
     yield from ((model, "ForCausalLM"), (decoder, "Model"), (decoder.norm, "RMSNorm"))
     yield from ((decoder.embed_tokens, "Embedding"), (decoder.rotary_emb, "RotaryEmbedding"))
-    for layer in decoder.layers:
+    for layer in map(inner, decoder.layers):
         yield from ((layer, "DecoderLayer"), (layer.self_attn, "Attention"), (layer.mlp, "MLP"))
         yield from ((layer.input_layernorm, "RMSNorm"), (layer.post_attention_layernorm, "RMSNorm"))
         if hasattr(layer.self_attn, "q_norm"):
@@ -61,7 +63,7 @@ def _parts(model: Any) -> Iterator[tuple[nn.Module, str]]:
 
 def _is(module: nn.Module, model_type: str, name: str) -> bool:
     """Whether the module's class is the family's own of that name, or torch's embedding."""
-    kind = type(module)
+    kind = original(module)
     if name == "Embedding":
         return kind is nn.Embedding and module.max_norm is None
     home = f"transformers.models.{model_type}.modeling_{model_type}"

@@ -14,14 +14,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sdft.chunked import chunked_divergence
-from sdft.divergence import check_alpha, kl, log_probs
+from sdft.buckets import bucketed, check_top_k, likeliest
+from sdft.chunked import (
+    chunked_cross_entropy,
+    chunked_divergence,
+    chunked_topk_divergence,
+)
+from sdft.divergence import check_alpha, kl, log_probs, loss_dtype
+from sdft.sharding import local
 from sdft.topk import TopK, topk_divergence, topk_targets
 
 __all__ = [
     "TopK",
+    "bucket_divergence",
     "check_alpha",
+    "chunked_cross_entropy",
     "chunked_divergence",
+    "chunked_topk_divergence",
     "sequence_mean",
     "sequence_weights",
     "token_cross_entropy",
@@ -71,6 +80,35 @@ def token_divergence(student_logits: Tensor, teacher_logits: Tensor, alpha: floa
     return alpha * kl(teacher_BTV, mixture_BTV) + (1 - alpha) * kl(student_BTV, mixture_BTV)
 
 
+def bucket_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, k: int, alpha: float = 0.0
+) -> Tensor:
+    """`token_divergence` of coarse distributions: k tokens one by one, all others as one, the tail.
+
+    The k tokens are the teacher's likeliest for forward KL, the student's for reverse KL, and
+    between them those of the sum of both; no gradient goes through the choice. By the
+    data-processing inequality the value is never above the exact one, which it is at k = V.
+
+    Args:
+        student_logits: `[B, T, V]`, any float dtype.
+        teacher_logits: `[B, T, V]`.
+        k: Tokens compared one by one; all of them where `k` is V or more.
+        alpha: As for `token_divergence`.
+
+    Returns:
+        `[B, T]`, nats, fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: `k` below 1, `alpha` outside [0, 1] or shapes that differ.
+    """
+    check_top_k(k)
+    if k >= student_logits.shape[-1] or student_logits.shape != teacher_logits.shape:
+        return token_divergence(student_logits, teacher_logits, alpha)
+    student_BTV, teacher_BTV = log_probs(student_logits), log_probs(teacher_logits)
+    ids_BTK = likeliest(student_BTV.detach(), teacher_BTV.detach(), alpha, k)
+    return token_divergence(bucketed(student_BTV, ids_BTK), bucketed(teacher_BTV, ids_BTK), alpha)
+
+
 def sequence_mean(per_token: Tensor, mask: Tensor) -> Tensor:
     """Mean over each sequence's unmasked tokens, then over the sequences that have any.
 
@@ -106,7 +144,7 @@ def sequence_weights(mask: Tensor) -> Tensor:
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target token, in fp32.
+    """Negative log-likelihood of each target token, in fp32 (fp64 for fp64 input).
 
     Args:
         logits: `[B, T, V]`.
@@ -115,7 +153,8 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         `[B, T]`, nats.
     """
-    return cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    logits = logits.to(loss_dtype(logits.dtype))
+    return cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
 def zero_loss(parameters: Iterable[Tensor]) -> Tensor:
@@ -124,7 +163,8 @@ def zero_loss(parameters: Iterable[Tensor]) -> Tensor:
     Args:
         parameters: What trains; each gets a gradient.
     """
-    firsts = [value.reshape(-1)[0].float() for value in parameters if value.requires_grad]
+    trained = [local(value) for value in parameters if value.requires_grad]
+    firsts = [value.reshape(-1)[:1].float().sum() for value in trained]  # a shard may be empty
     return 0.0 * torch.stack(firsts).sum()
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+METRICS = ("acc", "bwt", "fwt", "forgetting")
 _T95_SMALL = {1: 12.706, 2: 4.303}  # where the expansion in `t95` is not yet good
 _Z95 = 1.96
 
@@ -234,8 +235,7 @@ def retention_metrics(
             undefined[name] = str(reason)
             return None
 
-    names = ("acc", "bwt", "fwt", "forgetting")
-    values: dict[str, Any] = {name: value(name, getattr(entries, name)) for name in names}
+    values: dict[str, Any] = {name: value(name, getattr(entries, name)) for name in METRICS}
     values["retention"] = {
         suite: value(f"retention/{suite}", partial(entries.retention, column))
         for column, suite in enumerate(suites, len(tasks))

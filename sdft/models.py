@@ -20,7 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sdft.hub import load_failure
 from sdft.prompts import PLAIN_CHAT_TEMPLATE
+from sdft.quantization import keep_layout, quantization_config
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,10 @@ class ModelSource:
             log.warning("trust_remote_code is on: %s may run code of its own", name)
 
     def load_model(
-        self, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+        self,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
+        quantization: str | None = None,
     ) -> PreTrainedModel:
         """Load the weights (safetensors or `weights_only`) in evaluation mode.
 
@@ -74,6 +79,10 @@ class ModelSource:
         options = {**self.options, **_unpacked(self.options), "dtype": dtype}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
+        if quantization is not None:
+            if "gguf_file" in options:
+                raise ValueError(f"model.quantization does not work on the GGUF file {self.name!r}")
+            options["quantization_config"] = quantization_config(dtype)
         try:
             if "gguf_file" not in options:
                 AutoConfig.from_pretrained(self.location, **self.options)
@@ -81,12 +90,16 @@ class ModelSource:
             load = cast(Any, AutoModelForCausalLM.from_pretrained)
             model, report = load(self.location, output_loading_info=True, **options)
         except _LOAD_ERRORS as error:
-            raise ValueError(f"cannot load a causal LM from {self.name!r}: {error}") from error
+            reason = load_failure(error)
+            raise ValueError(f"cannot load a causal LM from {self.name!r}: {reason}") from error
         if report["missing_keys"]:  # transformers would begin them at random
             raise ValueError(
                 f"the weights in {self.name!r} are incomplete, they lack: "
                 + ", ".join(sorted(report["missing_keys"])[:5])
             )
+        if quantization is not None:  # its 4 bits are no precision that one could change
+            keep_layout(model)
+            return cast(PreTrainedModel, model.eval())
         # GGUF tensors are dequantised on loading whatever `dtype` says.
         return cast(PreTrainedModel, model.to(dtype).eval())
 
@@ -102,8 +115,8 @@ class ModelSource:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"cannot load a tokenizer from {self.name!r}: {error}. A model folder needs its "
-                "tokenizer files (tokenizer.json, tokenizer_config.json)"
+                f"cannot load a tokenizer from {self.name!r}: {load_failure(error)}. A model "
+                "folder needs its tokenizer files (tokenizer.json, tokenizer_config.json)"
             ) from error
         return _complete(tokenizer, self.name)
 

@@ -7,7 +7,7 @@ vocabulary (arXiv 2601.19897, algorithm 1).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +15,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch
-from sdft.head import head
-from sdft.head_losses import head_divergence, head_entropy
-from sdft.losses import check_alpha, sequence_mean, sequence_weights, token_divergence
-from sdft.rollout import Rollout, Sampling
+from sdft.buckets import check_top_k
+from sdft.head import gathered_head
+from sdft.hidden_loss import Grader, HiddenLoss, hidden_in_parts
+from sdft.horizon import Horizon, as_horizon
+from sdft.importance import check_cap, head_log_probs, token_log_probs
+from sdft.logits_loss import LogitsLoss, check_weighable
+from sdft.losses import (
+    bucket_divergence,
+    check_alpha,
+    sequence_mean,
+    token_divergence,
+)
+from sdft.micro_step import check_micro_batches
+from sdft.packing import unpack
+from sdft.ranks import gathered, part_of_mean, ranks
+from sdft.rollout import Rollout, Sampling, evaluation_mode
+from sdft.states import as_new, heads_known, keeps
 from sdft.student import StudentModule
+from sdft.window import Draw, Stale, Window, check_window, look_ahead, of_all_ranks, on_device
 
 
 class SDFTModule(StudentModule):
@@ -36,6 +50,20 @@ class SDFTModule(StudentModule):
         skip_first_tokens: Completion tokens left out of the loss, where artifacts of the
             demonstration appear.
         rollouts_per_prompt: Completions sampled per prompt.
+        updates_per_generation: Optimizer steps whose rollouts are drawn at once, when the first of
+            them begins; 1 draws each batch's when its turn comes, strictly on-policy.
+        stale: What becomes of rollouts that an older student drew: `correct` weights their tokens
+            by how much likelier the student would draw them now; `ignore` takes them as they are;
+            `recompute` draws them anew, so that no more than one step is drawn at once.
+        importance_cap: Largest of these weights, which an engine with log-probabilities of its own
+            has its rollouts weighted by, too.
+        horizon: Longest rollout in training, in tokens: a number, or a ramp over the steps of each
+            stage (`start`, `end`, `steps`); `max_new_tokens` when unset. Evaluation is not cut.
+        micro_batch_tokens: Divide a batch's scoring and update into passes of at most so many
+            tokens of prompts and completions, with the same gradient and less memory; a row with
+            more stands alone. One pass when unset.
+        divergence_top_k: Compare this many tokens one by one and all others as one, a lower bound
+            of the exact divergence; the whole vocabulary when unset.
         kwargs: See `StudentModule`.
 
     Raises:
@@ -53,6 +81,12 @@ class SDFTModule(StudentModule):
         top_k: int = 0,
         skip_first_tokens: int = 3,
         rollouts_per_prompt: int = 1,
+        updates_per_generation: int = 1,
+        stale: Stale = "correct",
+        importance_cap: float = 2.0,
+        horizon: int | Horizon | None = None,
+        micro_batch_tokens: int | None = None,
+        divergence_top_k: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -63,17 +97,30 @@ class SDFTModule(StudentModule):
             raise ValueError(f"skip_first_tokens must be 0 or more, found {skip_first_tokens}")
         if rollouts_per_prompt < 1:
             raise ValueError(f"rollouts_per_prompt must be at least 1, found {rollouts_per_prompt}")
+        if micro_batch_tokens is not None and micro_batch_tokens < 1:
+            raise ValueError(f"micro_batch_tokens must be at least 1, found {micro_batch_tokens}")
+        check_window(updates_per_generation, stale)
+        check_cap(importance_cap)
+        check_top_k(divergence_top_k)
         self.alpha = alpha
         self.sampling = Sampling(self.greedy.max_new_tokens, temperature, top_p, top_k)
         self.skip_first_tokens = skip_first_tokens
         self.rollouts_per_prompt = rollouts_per_prompt
+        self.updates_per_generation = updates_per_generation
+        self.stale: Stale = stale
+        self.importance_cap = importance_cap
+        self.horizon = as_horizon(horizon, self.greedy.max_new_tokens)
+        self.micro_batch_tokens = micro_batch_tokens
+        self.divergence_top_k = divergence_top_k
+        self.window = Window()
         self.teacher: PreTrainedModel | None = None
 
     def on_fit_start(self) -> None:
-        """Make sure that something moves the teacher.
+        """Make sure that something moves the teacher, and that the step can be what is asked for.
 
         Raises:
-            ValueError: No callback of the trainer does.
+            ValueError: No callback of the trainer does, or an option does not fit the loss or the
+                trainer's strategy.
         """
         super().on_fit_start()
         if not any(getattr(c, "moves_teacher", False) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
@@ -81,6 +128,10 @@ class SDFTModule(StudentModule):
                 "no callback moves the teacher: add sdft.callbacks.EMATeacher() to the trainer's "
                 "callbacks (kind 'frozen' keeps it still)"
             )
+        if self.micro_batch_tokens is not None:
+            check_micro_batches(self.trainer.strategy, type(self).__name__, self.compares_hidden)
+        if self.updates_per_generation > 1 and self.stale == "correct":
+            check_weighable(self, "model.stale is 'correct'")
 
     # ---------------------------------------------------------------- one step
 
@@ -88,13 +139,30 @@ class SDFTModule(StudentModule):
         """Rollout, scoring and divergence of one batch of prompts; returns the loss."""
         batch = batch.repeat(self.rollouts_per_prompt)
         self.phases.enter("generate")
-        completion = self.rollout(batch)
-        compare = self._compare_hidden if self.compares_hidden else self._compare_logits
-        loss, tracked = compare(batch, completion)
+        draw = self._draw(batch, batch_idx)
+        way = HiddenLoss if self.compares_hidden else LogitsLoss
+        compared = way(self, batch, draw.completion)
+        self.phases.enter("score")
+        compared.score()
+        self.phases.enter("update")
+        loss = compared.loss()
         self.phases.enter("track")
-        self._log_step(batch, completion, loss, tracked)
+        self._log_step(batch, draw, loss.detach(), compared)
         self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        return part_of_mean(loss, compared.sequences)
+
+    def _draw(self, batch: Batch, batch_idx: int) -> Draw:
+        """The batch's completions, drawn now or ahead."""
+        if self.updates_per_generation == 1:
+            return Draw(self.rollout(batch), self.global_step, self.drawing.max_new_tokens)
+        place = (self.current_epoch, batch_idx, batch)
+        draw = self.window.take(*place)
+        missing = draw is None or (self.stale == "recompute" and draw.version != self.global_step)
+        if any(gathered(missing)):  # all processes draw together
+            look_ahead(self, batch_idx)
+            draw = self.window.take(*place)
+        assert draw is not None, "the task stream hands out the batches that it shows ahead"
+        return on_device(draw, self.device)
 
     @property
     def compares_hidden(self) -> bool:
@@ -102,59 +170,56 @@ class SDFTModule(StudentModule):
 
         Not where a subclass has logits or a loss of its own, or where a head is of no known form.
         """
-        own = all(
-            getattr(type(self), name) is getattr(SDFTModule, name)
-            for name in ("score", "student_logits", "logits", "loss", "track")
-        )
-        assert self.teacher is not None
-        return own and head(self.model) is not None and head(self.teacher) is not None
+        names = ("student_logits", "logits", "loss", "divergence", "track")
+        own = keeps(self, SDFTModule, *names) and as_new(self, "graders", "score")
+        return own and heads_known(self.model, *(getattr(self, name) for name in self.copies))
 
-    def _compare_logits(
-        self, batch: Batch, completion: Rollout
-    ) -> tuple[Tensor, Callable[[], None]]:
-        """The loss by the overridable `score`, `student_logits` and `loss`, and what to track."""
-        self.phases.enter("score")
-        teacher_logits_BTV = self.score(batch, completion)
-        self.phases.enter("update")
-        student_logits_BTV = self.student_logits(batch, completion)
-        loss = self.loss(student_logits_BTV, teacher_logits_BTV, self.loss_mask(completion))
-        logits_BTV = student_logits_BTV.detach()
-        return loss, lambda: self.track({}, batch.student_ids, completion, logits_BTV)
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether a subclass compares in another way than token by token."""
+        return type(self).loss is not SDFTModule.loss
 
-    def _compare_hidden(
-        self, batch: Batch, completion: Rollout
-    ) -> tuple[Tensor, Callable[[], None]]:
-        """The same loss from hidden states, and what to track."""
-        assert self.teacher is not None
-        self.phases.enter("score")
-        with torch.no_grad():
-            teacher_ND = self.hidden(self.teacher, batch.teacher_ids, completion)
-        self.phases.enter("update")
-        student_ND = self.hidden(self.model, batch.student_ids, completion)
-        student, teacher = head(self.model), head(self.teacher)
-        assert student is not None
-        assert teacher is not None
-        divergence_N = head_divergence(
-            student_ND,
-            student,
-            teacher_ND,
-            teacher,
-            alpha=self.alpha,
-            temperature=self.sampling.temperature,
-            weights_N=sequence_weights(self.loss_mask(completion))[completion.mask_BT],
-        )
-        hidden_ND = student_ND.detach()
-        return divergence_N.sum(), lambda: self._track_hidden(batch, completion, hidden_ND)
+    @property
+    def drawing(self) -> Sampling:
+        """How the step under way draws its rollouts: as `sampling` says, up to the horizon."""
+        if self.horizon is None:
+            return self.sampling
+        made = 0
+        if self._trainer is not None:
+            made = self.trainer.fit_loop.batch_idx // self.trainer.accumulate_grad_batches
+        return replace(self.sampling, max_new_tokens=self.horizon.at(made))
 
     def rollout(self, batch: Batch) -> Rollout:
         """Sample a completion of every student prompt, without the demonstration."""
-        return self.sample(self.model, batch.student_ids, self.sampling)
+        return self.sample(self.model, batch.student_ids, self.drawing, self.draws(batch))
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch, completion: Rollout) -> Tensor:
+        """Log-probabilities of the completions' tokens, as the student draws now: `[B, T]`, fp32.
+
+        0 at padding.
+        """
+        mask_BT = completion.mask_BT
+        ids_N = completion.ids_BT[mask_BT]
+        with evaluation_mode(self.model):
+            if self.compares_hidden:
+                hidden_ND = hidden_in_parts(self, self.model, batch.student_ids, completion)
+                own = gathered_head(self.model, hidden_ND.dtype)
+                assert own is not None
+                return unpack(head_log_probs(hidden_ND, own, ids_N, self.sampling), mask_BT)
+            logits_NV = self.student_logits(batch, completion)[mask_BT]
+        return unpack(token_log_probs(logits_NV, ids_N, self.sampling), mask_BT)
 
     @torch.no_grad()
     def score(self, batch: Batch, completion: Rollout) -> Tensor:
         """Teacher logits of the completions, given the prompts with demonstration: `[B, T, V]`."""
         assert self.teacher is not None
         return self.logits(self.teacher, batch.teacher_ids, completion)
+
+    def graders(self, batch: Batch) -> list[Grader]:
+        """Who scores which rows, where the loss is taken from hidden states: what `score` does."""
+        assert self.teacher is not None
+        return [Grader(self.teacher, list(range(len(batch))), batch.teacher_ids)]
 
     def student_logits(self, batch: Batch, completion: Rollout) -> Tensor:
         """Student logits of the completions, given the bare prompts: `[B, T, V]`."""
@@ -178,37 +243,48 @@ class SDFTModule(StudentModule):
         Returns:
             A scalar.
         """
-        per_token_BT = token_divergence(
-            student_logits_BTV.float() / self.sampling.temperature,
-            teacher_logits_BTV.float() / self.sampling.temperature,
-            self.alpha,
-        )
-        return sequence_mean(per_token_BT, mask_BT)
+        return sequence_mean(self.divergence(student_logits_BTV, teacher_logits_BTV), mask_BT)
+
+    def divergence(self, student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor:
+        """The divergence that the settings ask for, token by token: `[B, T]`."""
+        student_BTV = student_logits_BTV.float() / self.sampling.temperature
+        teacher_BTV = teacher_logits_BTV.float() / self.sampling.temperature
+        if self.divergence_top_k is None:
+            return token_divergence(student_BTV, teacher_BTV, self.alpha)
+        return bucket_divergence(student_BTV, teacher_BTV, self.divergence_top_k, self.alpha)
 
     # ---------------------------------------------------------------- logging
 
     def _log_step(
-        self, batch: Batch, completion: Rollout, loss: Tensor, track: Callable[[], None]
+        self, batch: Batch, draw: Draw, loss: Tensor, compared: HiddenLoss | LogitsLoss
     ) -> None:
-        values = {
-            "train/divergence": loss.detach(),
-            "train/completion_length": completion.lengths_B.float().mean(),
-            "train/truncated": completion.truncated_B.float().mean(),
+        found = self.log_means({"train/divergence": loss}, compared.sequences)
+        values: dict[str, float | Tensor] = {
+            "train/completion_length": batch.mean(draw.completion.lengths_B),
+            "train/truncated": batch.mean(draw.completion.truncated_B),
         }
-        self.log_dict(values, batch_size=len(batch))
-        self.log("divergence", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch))
-        track()
+        if self.horizon is not None:
+            values["train/horizon"] = float(draw.limit)
+        if self.updates_per_generation > 1:
+            values["train/staleness"] = float(self.global_step - draw.version)
+        self.log_means(values, batch.count)
+        if (importance := compared.importance) is not None:
+            self.log_means(importance.scalars(), len(importance.weights_N))
+        shown = found["train/divergence"]
+        self.log("divergence", shown, prog_bar=True, logger=False, batch_size=len(batch))
+        compared.track()
 
-    @torch.no_grad()
-    def _track_hidden(self, batch: Batch, completion: Rollout, hidden_ND: Tensor) -> None:
-        """`track` from hidden states."""
-        student = head(self.model)
-        if not self.logs_this_step or student is None:
-            return
-        weights_N = sequence_weights(completion.mask_BT)[completion.mask_BT]
-        values = {"train/entropy": (weights_N * head_entropy(hidden_ND, student)).sum()}
-        if self.base is not None and self.track_base and (base := head(self.base)) is not None:
-            base_ND = self.hidden(self.base, batch.student_ids, completion)
-            kl_N = head_divergence(hidden_ND, student, base_ND, base, weights_N=weights_N)
-            values["train/kl_base_student"] = kl_N.sum()
-        self.log_dict(values, batch_size=len(batch))
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the rollouts that were drawn ahead, those of every process."""
+        super().on_save_checkpoint(checkpoint)
+        if self.updates_per_generation > 1:
+            checkpoint["rollouts"] = of_all_ranks(self.window.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back this process's rollouts (see `StudentModule.on_load_checkpoint`)."""
+        super().on_load_checkpoint(checkpoint)
+        states = checkpoint.get("rollouts", [])
+        if self.updates_per_generation > 1 and len(states) == ranks():
+            self.window.load_state_dict(states[self.global_rank])

@@ -10,8 +10,10 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
+from sdft.ranks import rank
 from sdft.rounding import stochastic_round
 from sdft.seeding import derive_seed
+from sdft.sharding import local
 
 
 class AdamWBF16(Optimizer):
@@ -68,22 +70,28 @@ class AdamWBF16(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+        for name in ("exp_avg", "exp_avg_sq"):  # torch restores moments in the parameter's type
+            state[name] = state[name].to(torch.bfloat16)
         state["step"] += 1
         step = int(state["step"])
         assert parameter.grad is not None
-        gradient = parameter.grad.float()
+        # A sharded parameter's state is sharded alike; what follows sees the shards alone.
+        values, gradient = local(parameter), local(parameter.grad).float()
+        first_kept, second_kept = local(state["exp_avg"]), local(state["exp_avg_sq"])
         first_beta, second_beta = group["betas"]
-        first = state["exp_avg"].float().lerp_(gradient, 1 - first_beta)
-        second = state["exp_avg_sq"].float()
+        first = first_kept.float().lerp_(gradient, 1 - first_beta)
+        second = second_kept.float()
         second.mul_(second_beta).addcmul_(gradient, gradient, value=1 - second_beta)
-        generator = Generator(parameter.device).manual_seed(derive_seed("adamw", step, *place))
-        state["exp_avg"] = stochastic_round(first, generator)
-        state["exp_avg_sq"] = stochastic_round(second, generator)
+        shard = () if values is parameter else (rank(),)
+        seed = derive_seed("adamw", step, *place, *shard)
+        generator = Generator(values.device).manual_seed(seed)
+        first_kept.copy_(stochastic_round(first, generator))
+        second_kept.copy_(stochastic_round(second, generator))
         scale = math.sqrt(1 - second_beta**step)
         denominator = second.sqrt_().div_(scale).add_(group["eps"])
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        values.mul_(1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] / (1 - first_beta**step)
-        parameter.add_(first.div_(denominator).to(parameter.dtype), alpha=-rate)
+        values.add_(first.div_(denominator).to(values.dtype), alpha=-rate)
 
 
 def check_rates(optimizer: Optimizer, clip: float | None) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sdft.fisher import diagonal_fisher
+from sdft.ranks import summed
 from sdft.seeding import derive_seed, run_seed
+from sdft.sharding import is_sharded, local
 from sdft.weights import trained_parameters
 
 if TYPE_CHECKING:
@@ -90,13 +92,15 @@ class Quadratic(Penalty):
         """Add strength · w · (θ − θ*); returns the penalty."""
         terms = []
         for name, parameter in trained_parameters(student).items():
-            moved = parameter.float() - self.centre[name]
-            pull = self.strength * self.weight(name) * moved
+            moved = local(parameter).float() - local(self.centre[name])
+            weight = self.weight(name)
+            pull = self.strength * (local(weight) if isinstance(weight, Tensor) else weight) * moved
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.add_(pull)
+            local(parameter.grad).add_(pull)
             terms.append((pull * moved).sum())
-        return torch.stack(terms).sum() / 2
+        total = torch.stack(terms).sum() / 2
+        return summed(total) if is_sharded(student) else total
 
 
 class L2ToStart(Quadratic):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.batch import Batch
+from sdft.draws import Draws, drawing
 from sdft.encoded import Encoded
 from sdft.evaluation import Response, score_responses
 from sdft.flops import ModelFlops
@@ -22,9 +23,11 @@ from sdft.models import ModelSource, eos_token_ids
 from sdft.packing import completion_hidden
 from sdft.phases import PhaseClock
 from sdft.prompts import PromptEncoder, TeacherTemplate
+from sdft.ranks import gathered
 from sdft.rollout import Rollout, RolloutEngine, Sampling
 from sdft.run import task_stream
 from sdft.scoring import completion_logits
+from sdft.sharding import forwarded, whole
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +94,25 @@ class Respondent(LightningModule):
         return cast(int, self.tokenizer.pad_token_id)
 
     def sample(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        draws: Draws | None = None,
     ) -> Rollout:
-        """One completion per encoded prompt, from any model of this architecture; counted."""
-        rollout = self.engine.generate(model, prompts, sampling, self.eos_ids, self.pad_id)
+        """One completion per encoded prompt, from any model of this architecture; counted.
+
+        A collective call for a sharded model, whose weights are whole meanwhile.
+
+        Args:
+            model: Answers.
+            prompts: B prompts, unpadded.
+            sampling: How completions are drawn.
+            draws: Random numbers that do not depend on how rows are dealt among processes, for
+                engines that know them (`DecodeEngine`); torch's global generator when None.
+        """
+        with whole(model), drawing(draws):
+            rollout = self.engine.generate(model, prompts, sampling, self.eos_ids, self.pad_id)
         if self.phases.current:
             read, drawn = [len(prompt) for prompt in prompts], rollout.lengths_B.tolist()
             flops = ModelFlops.of(model).sampling(read, drawn)
@@ -114,7 +132,7 @@ class Respondent(LightningModule):
     ) -> Tensor:
         """Hidden states that predict the completion tokens, without padding: `[N, D]`; counted."""
         self.count_pass(model, prompts, completion)
-        return completion_hidden(model, prompts, completion)
+        return forwarded(model, lambda: completion_hidden(model, prompts, completion))
 
     def count_pass(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], completion: Rollout
@@ -135,18 +153,24 @@ class Respondent(LightningModule):
         self.phases.count(sum(given) + sum(wanted), flops)
 
     @torch.no_grad()
-    def respond(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Response]:
+    def respond(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        draws: Draws | None = None,
+    ) -> list[Response]:
         """Answer encoded prompts with the student.
 
         Args:
             prompts: B prompts, unpadded.
             sampling: `self.greedy` for evaluation.
+            draws: See `sample`.
 
         Returns:
             B responses.
         """
         with self.forward_precision():
-            rollout = self.sample(self.model, prompts, sampling)
+            rollout = self.sample(self.model, prompts, sampling, draws)
         facts = zip(rollout.completions(), rollout.truncated_B.tolist(), strict=True)
         return [Response(self.decode(i), len(i), cut, tuple(i)) for i, cut in facts]
 
@@ -185,19 +209,20 @@ class Respondent(LightningModule):
             values["accuracy"] = sum(scores) / len(batch)
         except ValueError as error:
             log.warning("%s", error)
+        values, count = _of_all(values, batch.count)
         self.log_dict(
             {f"{split}/{task.name}/{key}": value for key, value in values.items()},
             add_dataloader_idx=False,
-            batch_size=len(batch),
+            batch_size=count,
         )
 
     def predict_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]]:
-        """Greedy responses as records of task, prompt, response and answer."""
+        """Greedy responses as records of task, prompt, response and answer; of all processes."""
         task = task_stream(self.trainer).evaluating[dataloader_idx]
         responses = self.respond(batch.student_ids, self.greedy)
-        return [
+        records = [
             {
                 "task": task.name,
                 "prompt": [dict(message) for message in example.messages],
@@ -207,3 +232,19 @@ class Respondent(LightningModule):
             }
             for example, response in zip(batch.examples, responses, strict=True)
         ]
+        if batch.share is None:
+            return records
+        rows = zip(batch.share.places, batch.share.real, records, strict=True)
+        own = {place: record for place, real, record in rows if real}
+        found = {place: record for part in gathered(own) for place, record in part.items()}
+        return [found[place] for place in sorted(found)]
+
+
+def _of_all(values: dict[str, float], count: int) -> tuple[dict[str, float], int]:
+    """Means over the rows of all processes, and how many there are; what one lacks, all lack."""
+    parts = gathered((values, count))
+    if len(parts) == 1:
+        return values, count
+    total = sum(count for _, count in parts)
+    shared = [name for name in values if all(name in found for found, _ in parts)]
+    return {n: sum(found[n] * count for found, count in parts) / total for n in shared}, total

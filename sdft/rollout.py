@@ -55,11 +55,15 @@ class Rollout:
         ids_BT: Token ids, an end-of-sequence token included where one was drawn.
         mask_BT: True at real tokens.
         truncated_B: True where the length limit ended the completion.
+        logps_BT: Log-probabilities, fp32, of the tokens under the distribution that they were drawn
+            from (temperature, top-p and top-k applied), 0 at padding; None means "drawn from the
+            student as it is".
     """
 
     ids_BT: Tensor
     mask_BT: Tensor
     truncated_B: Tensor
+    logps_BT: Tensor | None = None
 
     @property
     def lengths_B(self) -> Tensor:
@@ -69,7 +73,18 @@ class Rollout:
     def rows(self, rows: Sequence[int]) -> Rollout:
         """The completions of these rows, in this order; none loses a column."""
         chosen = list(rows)
-        return Rollout(self.ids_BT[chosen], self.mask_BT[chosen], self.truncated_B[chosen])
+        logps_BT = None if self.logps_BT is None else self.logps_BT[chosen]
+        return Rollout(
+            self.ids_BT[chosen], self.mask_BT[chosen], self.truncated_B[chosen], logps_BT
+        )
+
+    def trimmed(self) -> Rollout:
+        """As wide as the longest completion."""
+        longest = int(self.lengths_B.max())
+        logps_BT = None if self.logps_BT is None else self.logps_BT[:, :longest]
+        return Rollout(
+            self.ids_BT[:, :longest], self.mask_BT[:, :longest], self.truncated_B, logps_BT
+        )
 
     def completions(self) -> list[list[int]]:
         """The completions without their padding."""
@@ -116,10 +131,14 @@ class GenerateEngine(RolloutEngine):
         """Sample one completion per prompt (see `RolloutEngine`)."""
         model = unwrapped(model)
         ids_BT, mask_BT = pad(prompts, pad_id, "left", model.device)
-        config = _generation_config(sampling, eos_ids, pad_id)
+        config = generation_config(sampling, eos_ids, pad_id)
         config.cache_implementation = self.cache_implementation
         with evaluation_mode(model), _only(model, config):
-            output_BT = cast(Any, model).generate(inputs=ids_BT, attention_mask=mask_BT.long())
+            output_BT = cast(Any, model).generate(
+                inputs=ids_BT,
+                attention_mask=mask_BT.long(),
+                synced_gpus=False,  # a sharded model is whole here: processes need not wait
+            )
         return as_rollout(output_BT[:, ids_BT.shape[1] :], eos_ids, sampling.max_new_tokens)
 
 
@@ -138,7 +157,54 @@ def as_rollout(ids_BT: Tensor, eos_ids: Sequence[int], max_new_tokens: int) -> R
     return Rollout(ids_BT, ~ended_before_BT, truncated_B)
 
 
-def _generation_config(sampling: Sampling, eos_ids: Sequence[int], pad_id: int) -> GenerationConfig:
+def gathered_rollout(
+    completions: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    device: torch.device,
+    logps: Sequence[Sequence[float]] | None = None,
+) -> Rollout:
+    """A rollout from the lists of another library.
+
+    Args:
+        completions: B completions, the tokens that follow an end ignored.
+        sampling: What was asked for.
+        eos_ids: Token ids that end a completion.
+        pad_id: Fills the padding.
+        device: Where the result lives.
+        logps: B lists of log-probabilities, one per token.
+
+    Raises:
+        ValueError: A completion stops without an end and below the length limit.
+    """
+    ends = set(eos_ids)
+    cut = [_through_first(ids, ends) for ids in completions]
+    open_B = [not ids or ids[-1] not in ends for ids in cut]
+    for row, ids in enumerate(cut):
+        if open_B[row] and len(ids) < sampling.max_new_tokens:
+            raise ValueError(
+                f"the rollout engine ended row {row} after {len(ids)} of {sampling.max_new_tokens} "
+                "tokens without an end-of-sequence token: its context is too short for the prompt"
+            )
+    ids_BT, mask_BT = pad(cut, pad_id, "right", device)
+    logps_BT = None
+    if logps is not None:
+        logps_BT = torch.zeros(ids_BT.shape, dtype=torch.float32)
+        for row, ids in enumerate(cut):
+            logps_BT[row, : len(ids)] = torch.tensor(logps[row][: len(ids)])
+        logps_BT = logps_BT.to(device)
+    return Rollout(ids_BT, mask_BT, torch.tensor(open_B, device=device), logps_BT)
+
+
+def _through_first(ids: Sequence[int], ends: set[int]) -> list[int]:
+    """The ids up to the first end, which is kept."""
+    place = next((place for place, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return list(ids[: place + 1])
+
+
+def generation_config(sampling: Sampling, eos_ids: Sequence[int], pad_id: int) -> GenerationConfig:
+    """The settings of a rollout in transformers' words; nothing is left to a model's own ones."""
     sample = sampling.temperature > 0
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,

@@ -7,16 +7,27 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 
 from sdft.data import ContinualDataModule
+from sdft.ranks import ranks
 from sdft.schedule import StageSchedule
+
+_FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The logger's version directory, or the root directory of a run without a logger."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The logger's version directory, or the root directory of a run without a logger.
+
+    With several processes a run's first call is a collective one; it is made as models are loaded.
+    """
+    if ranks() == 1:
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    if trainer not in _FOLDERS:  # for `log_dir` asks rank 0 every time
+        _FOLDERS[trainer] = Path(trainer.log_dir or trainer.default_root_dir)
+    return _FOLDERS[trainer]
 
 
 def task_stream(trainer: Trainer) -> ContinualDataModule:
@@ -71,7 +82,7 @@ def begin_after_restart(trainer: Trainer) -> None:
     Lightning takes that stage for one that goes on, and would not count the next one as begun: a
     checkpoint of it could not be resumed from.
     """
-    progress = trainer.fit_loop.epoch_progress.current
+    progress = cast(Any, trainer.fit_loop.epoch_progress.current)
     if progress.processed == progress.ready:
         trainer.fit_loop.reset_restart_stage()
 

@@ -30,6 +30,16 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits_BV.max(-1).indices  # on the CPU several times as fast as argmax
+    return _invert(shaped(logits_BV, sampling), uniform_B)
+
+
+def shaped(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Logits, fp32, of the distribution that `sampling` draws from; −inf where it never draws.
+
+    Args:
+        logits_BV: The model's, any float dtype.
+        sampling: Temperature (above 0), top-k, top-p, in this order.
+    """
     logits_BV = logits_BV.float()
     if sampling.temperature != 1:
         logits_BV = logits_BV / sampling.temperature
@@ -38,7 +48,7 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
         logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, -math.inf)
     if sampling.top_p < 1:
         logits_BV = _keep_top_p(logits_BV, sampling.top_p)
-    return _invert(logits_BV, uniform_B)
+    return logits_BV
 
 
 def _invert(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:

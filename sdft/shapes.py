@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from sdft.hub import load_failure
 from sdft.models import ModelSource
 
 
@@ -51,6 +52,34 @@ class ModelShape:
         mlp = 3 * self.hidden * self.intermediate
         norms = 2 * self.hidden
         return self.layers * (attention + mlp + norms) + self.hidden + self.vocab * self.hidden
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Parameters of adapters of that rank on all linear layers but the head."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = 2 * (self.hidden + query) + 2 * (self.hidden + key)
+        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+
+    @property
+    def linear_parameters(self) -> int:
+        """Entries of all linear layers' weights but the head's: what a quantised base packs."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.hidden * (2 * query + 2 * key)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def root_parameters(self) -> int:
+        """Parameters outside the decoder layers: embedding, last norm, and a head of its own."""
+        return self.hidden + (1 if self.tied else 2) * self.vocab * self.hidden
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        return (self.parameters - self.root_parameters) // self.layers
+
+    @property
+    def tensors(self) -> int:
+        """Parameters as the optimizer counts them: matrices, biases and norms."""
+        return self.layers * (12 if self.qkv_bias else 9) + (2 if self.tied else 3)
 
     @property
     def kv_values(self) -> int:
@@ -135,6 +164,7 @@ def find_shape(name: str) -> ModelShape:
         config = AutoConfig.from_pretrained(source.location, **source.options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model {name!r}: no configuration there ({error}); known shapes: {', '.join(SHAPES)}"
+            f"model {name!r}: no configuration there ({load_failure(error)}); known shapes: "
+            + ", ".join(SHAPES)
         ) from error
     return ModelShape.from_config(config)

@@ -98,6 +98,10 @@ class StageLoader(Generic[ItemT, BatchT]):
             yield self.collate(self.batches[index])
         self._start = 0
 
+    def coming(self, start: int, end: int) -> list[BatchT]:
+        """The batches from `start` to below `end`, where there are any; none is handed out."""
+        return [self.collate(items) for items in self.batches[start:end]]
+
     def end(self) -> None:
         """Hand out no further batch: the stage ends early."""
         self._ended = True

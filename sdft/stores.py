@@ -19,6 +19,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sdft.atomic import atomic_folder
+from sdft.redaction import redacted
 
 MANIFEST = "store.json"
 """What a store was made from, what it holds, and the size of its files in bytes."""
@@ -60,20 +61,35 @@ def open_store(
     Raises:
         ValueError: A store that was changed or damaged.
     """
+    found = find_store(roots, label, made_from)
+    if found is not None:
+        return found
     mark = fingerprint(made_from)
     name = f"{label}-{mark[:16]}"
-    for root in roots:
-        if (root / name / MANIFEST).is_file():
-            return _read(root / name, mark)
     roots[0].mkdir(parents=True, exist_ok=True)
     with atomic_folder(roots[0] / name) as temporary:
         facts = make(temporary)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        manifest = {"fingerprint": mark, "made_from": made_from, "facts": facts, "bytes": sizes}
+        shown = redacted(made_from)
+        manifest = {"fingerprint": mark, "made_from": shown, "facts": facts, "bytes": sizes}
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (temporary / MANIFEST).write_text(text, encoding="utf-8")
     found = _read(roots[0] / name, mark)
     return Store(found.folder, found.facts, found.sizes, reused=False)
+
+
+def find_store(roots: Sequence[Path], label: str, made_from: Mapping[str, Any]) -> Store | None:
+    """The store that was made from exactly this, if a root has it.
+
+    Raises:
+        ValueError: It was changed or damaged.
+    """
+    mark = fingerprint(made_from)
+    for root in roots:
+        folder = root / f"{label}-{mark[:16]}"
+        if (folder / MANIFEST).is_file():
+            return _read(folder, mark)
+    return None
 
 
 def _read(folder: Path, mark: str) -> Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -11,30 +12,33 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from sdft.batch import Batch, Origin
+from sdft.adapter_training import AdapterTraining
+from sdft.batch import Batch, Origin, counted
 from sdft.configured import Configured
 from sdft.decode import DecodeEngine
-from sdft.losses import sequence_mean, token_divergence, token_entropy
+from sdft.flat_sharding import is_flat
+from sdft.lora import LoRA
+from sdft.losses import sequence_mean, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
 from sdft.optim import check_rates
 from sdft.penalties import Penalty
+from sdft.placement import spread
 from sdft.prompts import Sees, TeacherTemplate
-from sdft.respondent import Respondent
 from sdft.rollout import Rollout, RolloutEngine, Sampling
-from sdft.run import begin_after_restart, is_logged, task_stream
+from sdft.run import begin_after_restart, task_stream
 from sdft.schedule import StageSchedule
-from sdft.seeding import derive_seed, run_seed
+from sdft.shared_steps import SharedSteps
 from sdft.weights import (
     check_identity,
     check_training,
-    frozen_copy,
+    convert,
     identity,
     set_weights,
     split_copies,
 )
 
 
-class StudentModule(Respondent):
+class StudentModule(SharedSteps):
     """A student that answers prompts; a method adds `training_step`.
 
     Args:
@@ -59,6 +63,10 @@ class StudentModule(Respondent):
         engine: Makes rollouts; `DecodeEngine` when unset, `GenerateEngine` is the reference.
         track_base: Keep a copy of the base model to log KL(base ‖ student) and how far the weights
             moved; costs one more model in memory.
+        lora: Train low-rank adapters (`rank`, `alpha`, …) in place of all weights; the teacher and
+            the base then share the student's base weights, and checkpoints leave these out.
+        quantization: Keep the base's linear layers in 4 bits (`nf4`, by bitsandbytes); needs
+            `lora`.
         penalty: Holds the weights near where they were (`sdft.penalties`: L2ToStart, EWC); its
             gradient joins the loss's once per optimizer step, before clipping.
 
@@ -97,6 +105,8 @@ class StudentModule(Respondent):
         engine: RolloutEngine | None = None,
         track_base: bool = True,
         penalty: Penalty | None = None,
+        lora: LoRA | None = None,
+        quantization: Literal["nf4"] | None = None,
     ) -> None:
         super().__init__()
         self.greedy = Sampling(max_new_tokens, temperature=0.0)
@@ -111,6 +121,8 @@ class StudentModule(Respondent):
         self.engine: RolloutEngine = engine or DecodeEngine()
         self.track_base = track_base
         self.penalty = penalty
+        self.adapters = AdapterTraining(lora, quantization)
+        self.strict_loading = lora is None  # a checkpoint of adapters leaves out their base
         self.source = ModelSource(model_name, trust_remote_code, revision)
         self.student: PreTrainedModel | None = None
         # Not a submodule: the base is neither trained, sharded nor checkpointed.
@@ -125,7 +137,10 @@ class StudentModule(Respondent):
     def model(self) -> PreTrainedModel:
         """The student, loaded on first use."""
         if self.student is None:
-            student = self.source.load_model(DTYPES[self.dtype_name], self.attn_implementation)
+            student = self.source.load_model(
+                DTYPES[self.dtype_name], self.attn_implementation, self.adapters.quantization
+            )
+            self.adapters.inject(student)
             self.student = cast(PreTrainedModel, student.train())
             if self.gradient_checkpointing:
                 self.student.gradient_checkpointing_enable()
@@ -134,12 +149,12 @@ class StudentModule(Respondent):
 
     def prepare_copies(self, student: PreTrainedModel) -> None:
         """Copy the freshly loaded student where the method needs it, before anything trains."""
-        if not self._fitting:
+        if not self.fitting:
             return
         if self.track_base or self.needs_base or self._restarts:
-            self._base = [frozen_copy(student)]
+            self._base = [self.adapters.base(student)]
         for name in self.copies:
-            setattr(self, name, frozen_copy(student))
+            setattr(self, name, self.adapters.copy(student, name))
         if self.penalty is not None:
             self.penalty.attach(student)
 
@@ -151,7 +166,8 @@ class StudentModule(Respondent):
         return self._base[0] if self._base else None
 
     @property
-    def _fitting(self) -> bool:
+    def fitting(self) -> bool:
+        """Whether this is training, or no trainer is there to tell."""
         return self._trainer is None or self._trainer.state.fn == "fit"
 
     @property
@@ -159,8 +175,10 @@ class StudentModule(Respondent):
         return self._trainer is not None and task_stream(self.trainer).from_base_each_task
 
     def configure_model(self) -> None:
-        """Load the student; Lightning calls this once per entry point."""
+        """Load the student and spread it over processes; called once per entry point."""
         self.model  # noqa: B018 - loads on first use
+        copies = [getattr(self, name) for name in self.copies if self.fitting]
+        spread(self, copies, self._base)
 
     # ---------------------------------------------------------------- training
 
@@ -181,9 +199,11 @@ class StudentModule(Respondent):
         """Keep copies and penalty in fp32, as they were saved; check what the penalty needs."""
         # Between loading and here, the precision `bf16-true` has rounded the whole module.
         for name in (*self.copies, *(["penalty"] if self.penalty else [])):
-            kept = getattr(self, name).float()
+            kept = getattr(self, name)
+            if not is_flat(kept):
+                convert(kept, torch.float32)
             if name in self._restored:
-                kept.load_state_dict(self._restored.pop(name))
+                kept.load_state_dict(self._restored.pop(name), strict=self.strict_loading)
         if self.penalty is not None:
             self.penalty.check(task_stream(self.trainer))
 
@@ -196,15 +216,14 @@ class StudentModule(Respondent):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed this batch; begin a stage with its first one."""
-        # A function of the place in the run, so that a resumed run draws the same rollouts.
-        place = (run_seed(), self.trainer.current_epoch, batch_idx, self.global_rank)
-        torch.manual_seed(derive_seed(*place))
+        seed = self.seed_of_batch(batch_idx, self.global_rank)
+        torch.manual_seed(seed)
         self.phases.lap()
         if batch_idx == 0:
             self.phases.enter("prepare")
             self.begin_stage(self.trainer.current_epoch)
             self.phases.enter("")
-            torch.manual_seed(derive_seed(*place))
+            torch.manual_seed(seed)
 
     def begin_stage(self, stage: int) -> None:
         """What changes between two stages; a stage that is resumed in its middle has had it."""
@@ -219,9 +238,13 @@ class StudentModule(Respondent):
 
     def restart(self) -> None:
         """Make the student, and its copies, the base again."""
+        models = (self.model, *(getattr(self, name) for name in self.copies))
         assert self.base is not None
-        for model in (self.model, *(getattr(self, name) for name in self.copies)):
-            set_weights(model, self.base)
+        for model in models:
+            if self.adapters.lora is None:
+                set_weights(model, self.base)
+            else:
+                self.adapters.restart(model)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Add the penalty's gradient, once per optimizer step, before clipping."""
@@ -233,11 +256,6 @@ class StudentModule(Respondent):
         self.phases.enter("")
         self.log_dict(self.phases.lap().scalars(), batch_size=len(batch))
 
-    @property
-    def logs_this_step(self) -> bool:
-        """Whether the step under way reaches the logger; costly metrics wait for it."""
-        return is_logged(self.trainer, self.trainer.global_step + 1)
-
     @torch.no_grad()
     def track(
         self,
@@ -245,31 +263,25 @@ class StudentModule(Respondent):
         prompts: list[list[int]],
         completion: Rollout,
         student_logits_BTV: Tensor,
+        real: Sequence[bool] | None = None,
     ) -> None:
         """Log a step's values; now and then the student's entropy and its distance to the base.
 
         Args:
-            values: Named scalars.
+            values: Named scalars: means over the rows.
             prompts: B prompts, unpadded.
             completion: The B completions that were trained on.
             student_logits_BTV: The student's, detached.
+            real: Whether each row counts (see `Batch.real`); all do when None.
         """
+        mask_BT = counted(completion.mask_BT, real)
         if self.logs_this_step:
             entropy_BT = token_entropy(student_logits_BTV)
-            values["train/entropy"] = sequence_mean(entropy_BT, completion.mask_BT)
+            values["train/entropy"] = sequence_mean(entropy_BT, mask_BT)
             if self.base is not None and self.track_base:
-                kl = self.kl_to_base(prompts, completion, student_logits_BTV)
+                kl = self.kl_to_base(prompts, completion, student_logits_BTV, mask_BT)
                 values["train/kl_base_student"] = kl
-        self.log_dict(values, batch_size=len(prompts))
-
-    def kl_to_base(
-        self, prompts: list[list[int]], completion: Rollout, student_logits_BTV: Tensor
-    ) -> Tensor:
-        """KL(base ‖ student) per token on completions of bare prompts."""
-        assert self.base is not None
-        base_logits_BTV = self.logits(self.base, prompts, completion)
-        per_token_BT = token_divergence(student_logits_BTV, base_logits_BTV)
-        return sequence_mean(per_token_BT, completion.mask_BT)
+        self.log_means(values, len(prompts) if real is None else sum(real))
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -279,6 +291,7 @@ class StudentModule(Respondent):
         checkpoint["sdft"] = {**identity(self.model), **names}
         if self.configured is not None:
             checkpoint["configured"] = self.configured.to_dict()
+        self.adapters.on_save(checkpoint, ("student", *self.copies))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or method; leave out copies that nobody needs.
@@ -287,14 +300,21 @@ class StudentModule(Respondent):
             ValueError: Not a checkpoint of this project, of another architecture or size, or, when
                 training goes on, of another method or penalty.
         """
+        self.check_checkpoint(checkpoint)
+        if "state_dict" in checkpoint:  # a sharded model has taken its weights already
+            self._restored = split_copies(checkpoint["state_dict"], self.state_dict().keys())
+        self._configured_then = checkpoint.get("configured") if self.fitting else None
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or method (see `on_load_checkpoint`)."""
         found = checkpoint.get("sdft")
         if found is None:
             raise ValueError("the checkpoint was not written by sdft: it names no model")
+        self.model  # noqa: B018 - loads on first use
+        self.adapters.check(found, self.model_name)
         check_identity(self.model, self.model_name, found)
-        if self._fitting:
+        if self.fitting:
             check_training({"method": self.method, "penalty": self._penalty_label}, found)
-            self._configured_then = checkpoint.get("configured")
-        self._restored = split_copies(checkpoint["state_dict"], self.state_dict().keys())
 
     @property
     def _penalty_label(self) -> str:

@@ -1,16 +1,17 @@
-"""One pass over rows of hidden states, chunk by chunk: divergences and the student's gradients."""
+"""One pass over rows of hidden states, chunk by chunk: a loss per row and the student's gradients.
+
+What the loss is, an objective says (`sdft.objectives`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from sdft.divergence import divergence_, loss_dtype, spare_buffers
 
 HEAD_ROWS = 16384  # of the head's gradient added at once where that takes a temporary
 
@@ -27,20 +28,44 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What `chunked_divergence` was asked for, and the types that each side's products take."""
+    """How the student's logits are made, and in which types.
 
-    alpha: float
+    Attributes:
+        temperature: Divides the logits.
+        softcap: Logits become softcap·tanh(logits / softcap) before.
+        vocabulary: Only the first so many tokens exist.
+        chunk_size: Rows at once.
+        student_dtype: Of the student's products.
+        dtype: Of the losses and of all sums.
+    """
+
     temperature: float
     softcap: float | None
     vocabulary: int
     chunk_size: int
     student_dtype: torch.dtype
-    teacher_dtype: torch.dtype
+    dtype: torch.dtype
+
+
+Visit = Callable[[Rows, Tensor, list[Tensor], bool], Tensor]
+"""Takes rows, their log-probabilities `[rows, V]`, scratch tensors of that shape, and whether some
+log-probabilities may be −inf. Returns the losses, `[rows]`; the log-probabilities have become the
+gradient with respect to the logits, temperature aside."""
+
+
+class Objective(Protocol):
+    """A loss of each row's distribution."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Type of the divergences and of all sums."""
-        return loss_dtype(torch.promote_types(self.student_dtype, self.teacher_dtype))
+    def scratch(self) -> int:
+        """Tensors `[rows, V]` that a visit overwrites, at least 1."""
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the rows are compared with; gets no gradient."""
+
+    def begin(self, settings: SweepSettings) -> Visit:
+        """Ready for one sweep."""
 
 
 class Wanted(NamedTuple):
@@ -56,7 +81,7 @@ class Gradients:
     """The student's gradients, where they are wanted.
 
     Attributes:
-        hidden_ND: Of each token's own divergence, whatever its weight; in the hidden states' type.
+        hidden_ND: Of each token's own loss, whatever its weight; in the hidden states' type.
         weight_VD: Of the weighted sum over the tokens; in the type of the sums.
         bias_V: The same.
     """
@@ -80,9 +105,9 @@ class Sweep:
     """Goes through the tokens whose weight is not 0.
 
     Args:
-        settings: What to compute.
+        settings: How the logits are made.
+        objective: What to compute.
         student: Its hidden states and head.
-        teacher: The same.
         weights_N: `[N]`, or None for 1 each.
         wanted: Gradients to compute.
     """
@@ -90,22 +115,22 @@ class Sweep:
     def __init__(
         self,
         settings: SweepSettings,
+        objective: Objective,
         student: Head,
-        teacher: Head,
         weights_N: Tensor | None,
         wanted: Wanted,
     ) -> None:
         self.settings, self.wanted = settings, wanted
+        self.scratch, self.objective = objective.scratch, objective.begin(settings)
         self.values_N = student.hidden_ND.new_zeros(len(student.hidden_ND), dtype=settings.dtype)
         self.gradients = Gradients.zeros(student, wanted, settings.dtype)
         self.weights_N = None if weights_N is None else weights_N.to(settings.dtype)
         # A mean's weights are small. Relative ones keep fp16 products in range.
         self.scale = _largest(self.weights_N)
-        self.student = _Logits(student, settings, settings.student_dtype)
-        self.teacher = _Logits(teacher, settings, settings.teacher_dtype)
+        self.student = ChunkedLogits(student, settings, settings.student_dtype)
 
     def run(self) -> tuple[Tensor, Gradients]:
-        """The weighted divergences, `[N]`, and the gradients."""
+        """The weighted losses, `[N]`, and the gradients."""
         buffers = self._buffers()
         for rows, count in self._chunks():
             self._visit(rows, [buffer[:count] for buffer in buffers])
@@ -122,19 +147,20 @@ class Sweep:
                 yield rows, len(rows)
 
     def _buffers(self) -> list[Tensor]:
-        """Two for the log-probabilities, scratch, and one for the soft cap's derivative."""
-        count = 2 + spare_buffers(self.settings.alpha)
-        count += self.settings.softcap is not None and any(self.wanted)
+        """For the log-probabilities, scratch, and one for the soft cap's derivative."""
+        count = 1 + self.scratch + self._capped
         shape = (min(self.settings.chunk_size, len(self.values_N)), self.settings.vocabulary)
         return [self.values_N.new_empty(shape) for _ in range(count)]
 
+    @property
+    def _capped(self) -> bool:
+        return self.settings.softcap is not None and any(self.wanted)
+
     def _visit(self, rows: Rows, buffers: list[Tensor]) -> None:
-        student, teacher, *spare = buffers
-        slope = spare.pop() if len(spare) > spare_buffers(self.settings.alpha) else None
-        self.student.log_probs(rows, spare[0], student, slope)
-        self.teacher.log_probs(rows, spare[0], teacher)
-        masked = self.student.masked or self.teacher.masked
-        self.values_N[rows] = divergence_(student, teacher, self.settings.alpha, spare, masked)
+        student, *scratch = buffers
+        slope = scratch.pop() if self._capped else None
+        self.student.log_probs(rows, scratch[-1], student, slope)
+        self.values_N[rows] = self.objective(rows, student, scratch, self.student.masked)
         if any(self.wanted):
             self._add(rows, student if slope is None else student.mul_(slope))
 
@@ -174,8 +200,14 @@ class Sweep:
                 summed.mul_(self.scale / self.settings.temperature)
 
 
-class _Logits:
-    """One side's head over the common vocabulary, in the type of its products."""
+class ChunkedLogits:
+    """A head over the vocabulary of a sweep, in the type of its products.
+
+    Args:
+        head: Hidden states and what turns them into logits.
+        settings: Vocabulary, cap and temperature.
+        dtype: Of the products.
+    """
 
     def __init__(self, head: Head, settings: SweepSettings, dtype: torch.dtype) -> None:
         self.hidden_ND = head.hidden_ND

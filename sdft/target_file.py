@@ -62,6 +62,11 @@ class SoftTargets:
         )
         return TopK(ids, log_probs, tail)
 
+    def rows(self, places: Sequence[int], device: torch.device) -> TopK:
+        """The targets of these answers' tokens laid end to end, `[N, K]`."""
+        parts = zip(*(self.answer(place) for place in places), strict=True)
+        return TopK(*(torch.cat(part).to(device) for part in parts))
+
     def batch(self, places: Sequence[int], device: torch.device) -> TopK:
         """The targets of B answers, `[B, T, K]`; padding has no mass and contributes nothing."""
         answers = [self.answer(place) for place in places]

@@ -6,7 +6,6 @@ memory (`PythonTask`). A task without training examples can only be evaluated, a
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -16,6 +15,8 @@ from typing import Literal, get_args
 from sdft.examples import Example
 from sdft.hf_datasets import DatasetSource
 from sdft.jsonl import Record, RecordFields, read_jsonl
+from sdft.metrics import METRICS
+from sdft.names import name_problem
 from sdft.scorers import ExactMatch, Scorer
 
 Split = Literal["train", "validation", "test"]
@@ -26,24 +27,23 @@ class Task(ABC):
 
     Args:
         name: Unique within a run; it names rows, columns, files and log entries: letters, digits,
-            `_`, `-` and `.`, with a letter, a digit or `_` first.
+            `_`, `-` and `.`, at most 100, with a letter, a digit or `_` first.
         scorer: Scores a response against an example.
         steps: Optimizer steps spent on the task; exclusive with `epochs`.
         epochs: Passes over the training examples; exclusive with `steps`.
 
     Raises:
-        ValueError: A name with other characters, a schedule that is not a whole number of at least
-            1, or both schedules.
+        ValueError: A name that cannot name files or is a metric's, a schedule that is not a whole
+            number of at least 1, or both schedules.
     """
 
     def __init__(
         self, name: str, scorer: Scorer, steps: int | None = None, epochs: int | None = None
     ) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-            raise ValueError(
-                f"task name {name!r}: use letters, digits, '_', '-' and '.' only, "
-                "and begin with a letter, a digit or '_'"
-            )
+        if (problem := name_problem(name)) is not None:
+            raise ValueError(f"task name {name[:200]!r}: {problem}")
+        if name in METRICS:
+            raise ValueError(f"task name {name!r}: the log keeps it for the metric")
         if steps is not None and epochs is not None:
             raise ValueError(f"task {name!r}: give steps or epochs, not both")
         _check_count(name, "steps", steps)

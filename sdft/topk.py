@@ -48,7 +48,7 @@ def topk_targets(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
         raise ValueError(f"k must be at least 1, found {k}")
     log_probs_V = _scaled_log_probs(logits, temperature)
     kept, ids = log_probs_V.topk(min(k, logits.shape[-1]), dim=-1)
-    return TopK(ids.to(torch.int32), kept, _log_tail(log_probs_V, ids))
+    return TopK(ids.to(torch.int32), kept, log_tail(log_probs_V, ids))
 
 
 def topk_divergence(student_logits: Tensor, target: TopK, temperature: float = 1.0) -> Tensor:
@@ -69,11 +69,11 @@ def topk_divergence(student_logits: Tensor, target: TopK, temperature: float = 1
     Raises:
         ValueError: Shapes that do not fit together, or `temperature` not above 0.
     """
-    _check_shapes(student_logits, target)
+    check_target(tuple(student_logits.shape), target)
     student_BTV = _scaled_log_probs(student_logits, temperature)
     ids_BTK = target.ids.long()
     kept_BTK = student_BTV.gather(-1, ids_BTK)
-    tail_BT = _log_tail(student_BTV, ids_BTK)
+    tail_BT = log_tail(student_BTV, ids_BTK)
     buckets = torch.cat([target.log_probs, target.tail[..., None]], -1).to(student_BTV.dtype)
     return kl(buckets, torch.cat([kept_BTK, tail_BT[..., None]], -1))
 
@@ -85,7 +85,7 @@ def _scaled_log_probs(logits: Tensor, temperature: float) -> Tensor:
     return log_probs(logits if temperature == 1.0 else logits / temperature)
 
 
-def _log_tail(log_probs_V: Tensor, ids_K: Tensor) -> Tensor:
+def log_tail(log_probs_V: Tensor, ids_K: Tensor) -> Tensor:
     """Log of the mass outside `ids_K`, summed as it stands: 1 − Σ would cancel."""
     others_V = log_probs_V.scatter(-1, ids_K, -math.inf)
     # logsumexp of nothing but −inf has a NaN gradient, which no mask behind it takes away.
@@ -95,14 +95,29 @@ def _log_tail(log_probs_V: Tensor, ids_K: Tensor) -> Tensor:
     )
 
 
-def _check_shapes(student_logits: Tensor, target: TopK) -> None:
-    positions, vocabulary = student_logits.shape[:-1], student_logits.shape[-1]
+def share_out_(log_probs_V: Tensor, ids_K: Tensor, tail_1: Tensor, gradient: Tensor) -> None:
+    """Turn log-probabilities into the gradient with respect to their logits, from that of buckets.
+
+    Args:
+        log_probs_V: `[..., V]`; overwritten.
+        ids_K: `[..., K]`, tokens with a bucket of their own.
+        tail_1: `[..., 1]`, log of the other tokens' mass.
+        gradient: `[..., K + 1]`, of the buckets' masses under a softmax, the tail's last; the
+            tail's tokens share it in proportion to their probabilities.
+    """
+    # Where the tail is empty all its tokens are at −inf: any finite number will do.
+    log_probs_V.sub_(tail_1.masked_fill(tail_1 == -math.inf, 0.0)).exp_().mul_(gradient[..., -1:])
+    log_probs_V.scatter_(-1, ids_K, gradient[..., :-1])  # also over what has overflowed
+
+
+def check_target(logits: tuple[int, ...], target: TopK) -> None:
+    """Raise ValueError unless a target is one of logits of this shape."""
+    *positions, vocabulary = logits
     kept = target.ids.shape[-1]
     fits = target.ids.shape == target.log_probs.shape == (*positions, kept)
-    if not (fits and target.tail.shape == positions and kept <= vocabulary):
+    if not (fits and target.tail.shape == (*positions,) and kept <= vocabulary):
         raise ValueError(
-            f"student logits {tuple(student_logits.shape)} do not fit targets of ids "
-            f"{tuple(target.ids.shape)}, log_probs {tuple(target.log_probs.shape)} and tail "
-            f"{tuple(target.tail.shape)}: expected [B, T, V], [B, T, K], [B, T, K] and [B, T] "
-            "with K at most V"
+            f"student logits {logits} do not fit targets of ids {tuple(target.ids.shape)}, "
+            f"log_probs {tuple(target.log_probs.shape)} and tail {tuple(target.tail.shape)}: "
+            "expected […, V], […, K], […, K] and […] with K at most V"
         )

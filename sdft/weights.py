@@ -12,18 +12,33 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from sdft.adapters import is_adapted, own_parameters, twin
+from sdft.ranks import summed
+from sdft.sharding import gathered, is_sharded, local, original
+
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in fp32 and evaluation mode that never trains."""
-    twin: PreTrainedModel = copy.deepcopy(model).float().eval()
-    return twin.requires_grad_(False)
+    """A copy in fp32 and evaluation mode that never trains; of an adapted model, a twin."""
+    if is_adapted(model):
+        return twin(model)
+    other: PreTrainedModel = copy.deepcopy(model).float().eval()
+    return other.requires_grad_(False)
+
+
+def convert(copied: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a copy's own parameters this precision, and leave alone what it shares."""
+    if is_adapted(copied):
+        for parameter in own_parameters(copied):
+            parameter.data = parameter.data.to(dtype)
+    else:
+        copied.to(dtype)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def set_weights(model: PreTrainedModel, source: PreTrainedModel) -> None:
     """Copy the parameters and buffers of a model of the same architecture, to any precision."""
     for own, other in (
-        *zip(model.parameters(), source.parameters(), strict=True),
+        *zip(own_parameters(model), own_parameters(source), strict=True),
         *zip(model.buffers(), source.buffers(), strict=True),
     ):
         own.copy_(other)
@@ -32,8 +47,9 @@ def set_weights(model: PreTrainedModel, source: PreTrainedModel) -> None:
 def squared_distance(first: PreTrainedModel, second: PreTrainedModel) -> Tensor:
     """‖first − second‖² over all parameters, fp32."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
-    terms = [(a.detach().float() - b.detach().float()).square().sum() for a, b in pairs]
-    return torch.stack(terms).sum()
+    terms = [(local(a.detach()).float() - local(b.detach())).square().sum() for a, b in pairs]
+    total = torch.stack(terms).sum()
+    return summed(total) if is_sharded(first) else total
 
 
 def trained_parameters(model: PreTrainedModel) -> dict[str, Parameter]:
@@ -43,9 +59,12 @@ def trained_parameters(model: PreTrainedModel) -> dict[str, Parameter]:
 
 def identity(model: PreTrainedModel) -> dict[str, str]:
     """What a checkpoint must share with the model that it is loaded into."""
+    known = getattr(model, "sdft_identity", None)
+    if isinstance(known, dict):  # of a model whose parameters no longer show their shape
+        return known
     shapes = sorted((name, tuple(value.shape)) for name, value in model.named_parameters())
     return {
-        "architecture": type(model).__name__,
+        "architecture": original(model).__name__,
         "parameters": str(sum(value.numel() for value in model.parameters())),
         "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
     }
@@ -56,7 +75,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        flat = value.detach().cpu().contiguous().view(-1)
+        flat = gathered(value.detach()).cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

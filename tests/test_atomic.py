@@ -87,3 +87,31 @@ def test_of_two_folders_of_one_name_the_first_stays(tmp_path: Path) -> None:
 def test_a_folder_in_a_missing_place_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError), atomic_folder(tmp_path / "nowhere" / "store"):  # noqa: PT011
         pass
+
+
+def test_a_folder_in_the_place_of_another(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        with atomic_folder(tmp_path / "store", replace=True) as temporary:
+            (temporary / content).mkdir()
+            (temporary / content / "file").touch()
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_replacement_that_fails_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "old").touch()
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if str(source).endswith(".tmp"):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "store", replace=True):
+        pass
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]

@@ -11,6 +11,7 @@ import torch
 from conftest import make_data, make_module, make_qwen2, make_tokenizer, run_fit, sharpen
 
 import sdft.base_kl
+import sdft.states
 from sdft import Example, SDFTModule
 from sdft.base_kl import BaseResponses, base_responses, mean_divergence
 from sdft.encoded import Encoded
@@ -64,6 +65,7 @@ def test_it_is_the_divergence_of_each_sequence_by_itself(
     for size in (1, 2, 10):
         found = mean_divergence(module, prompts, responses, size)
         assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    monkeypatch.setattr(sdft.states, "head", lambda model: None)  # whole logits
     monkeypatch.setattr(sdft.base_kl, "LOGITS", 1)  # row by row, whatever the batch size
     assert mean_divergence(module, prompts, responses, 10) == pytest.approx(found, rel=1e-5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from conftest import make_gpt2, make_model, make_qwen2
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from sdft.adapters import own_parameters, twin, widen
 from sdft.budget import Device, Storage, Workload, memory_lines, peak, step_time
 from sdft.cli import main
+from sdft.lora import LoRA
+from sdft.models import ModelSource
 from sdft.shapes import SHAPES, ModelShape, find_shape
 
 
@@ -139,3 +143,57 @@ def test_the_command_prints_the_verdict(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_command_names_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["budget", "--model", "./nowhere"]) == 2
     assert "'./nowhere' does not exist" in capsys.readouterr().err
+
+
+def test_adapters_are_counted_as_they_are_made() -> None:
+    pytest.importorskip("peft")
+    model = make_model(hidden_size=64, intermediate_size=128)
+    shape = ModelShape.from_config(model.config)
+    LoRA(rank=3).inject(model)
+    adapters = own_parameters(model)
+    assert shape.adapter_parameters(3) == sum(p.numel() for p in adapters)
+    keep = Storage(lora_rank=3, base="float32")
+    lines = {line.name: line.size for line in memory_lines(shape, Workload(), keep)}
+    assert lines["adapters"] == sum(p.numel() * p.element_size() for p in adapters)
+    teacher = twin(model)
+    widen(teacher, 12)
+    assert lines["teacher"] == sum(p.numel() * p.element_size() for p in own_parameters(teacher))
+    assert lines["base"] == 4 * (
+        sum(p.numel() for p in model.parameters()) - shape.adapter_parameters(3)
+    )
+
+
+def test_a_base_of_4_bits_is_counted_as_bitsandbytes_keeps_it(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    make_model(hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
+    model = ModelSource(str(tmp_path)).load_model(torch.float32, quantization="nf4")
+    shape = ModelShape.from_config(model.config)
+    found = sum(p.numel() * p.element_size() for p in model.parameters())
+    for module in model.modules():
+        if (state := getattr(module, "quant_state", None)) is not None:
+            found += state.absmax.numel() + 4 * state.state2.absmax.numel()
+    keep = Storage(lora_rank=3, quantization="nf4")
+    lines = {line.name: line.size for line in memory_lines(shape, Workload(), keep)}
+    assert lines["base"] == pytest.approx(found, rel=0.01)
+
+
+def test_under_adapters_the_weights_need_no_gradient() -> None:
+    whole, adapted = (
+        step_time(SHAPES["qwen2.5-7b"], Workload(), Storage(lora_rank=rank), Device())
+        for rank in (0, 16)
+    )
+    assert (adapted.generate, adapted.score) == (whole.generate, whole.score)
+    assert adapted.update == pytest.approx(0.75 * whole.update, rel=0.03)
+
+
+def test_4_bits_without_adapters_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs a lora_rank"):
+        Storage(quantization="nf4")
+    with pytest.raises(ValueError, match="lora_rank must be 0 or more"):
+        Storage(lora_rank=-1)
+
+
+def test_adapters_are_not_sharded() -> None:
+    with pytest.raises(ValueError, match="gpus must be 1 with a lora_rank, found 8"):
+        Storage(lora_rank=16, gpus=8)

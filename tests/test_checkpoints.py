@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 import sdft.checkpoints
-from sdft.checkpoints import Checkpoint, CheckpointFolder, check_checkpoint, find_checkpoint
+from sdft.checkpoints import (
+    Checkpoint,
+    CheckpointFolder,
+    check_checkpoint,
+    find_checkpoint,
+    start_of_run,
+)
 from sdft.checkpoints_command import main
 from sdft.seal import DamagedCheckpoint, save_sealed, seal
 
@@ -153,10 +159,11 @@ def test_last_is_of_the_newest_run(tmp_path: Path) -> None:
     path = save(tmp_path / "b" / "version_0", "stage-2-x.ckpt", 10)
     (tmp_path / "c" / "checkpoints").mkdir(parents=True)
     assert find_checkpoint("last", tmp_path) == path
+    assert start_of_run("auto", tmp_path) == path
 
 
 def test_auto_means_none_where_there_is_no_run(tmp_path: Path) -> None:
-    assert find_checkpoint("auto", tmp_path) is None
+    assert start_of_run("auto", tmp_path) is None
     with pytest.raises(ValueError, match=r"--ckpt_path last: no checkpoints/\*.ckpt below"):
         find_checkpoint("last", tmp_path)
     for name in ("nowhere", str(tmp_path / "no.ckpt")):

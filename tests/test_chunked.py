@@ -12,7 +12,7 @@ from conftest import FAMILIES, IDS, sharpen
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sdft.chunked
+import sdft.forward_gradient
 from sdft.losses import chunked_divergence, sequence_mean, sequence_weights, token_divergence
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
@@ -181,13 +181,13 @@ def test_heads_of_different_widths() -> None:
 def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each pass over the rows wanted."""
     seen: list[Any] = []
-    original = sdft.chunked._swept
+    original = sdft.forward_gradient._swept
 
     def spy(*args: Any) -> Any:
         seen.append(args[-1])
         return original(*args)
 
-    monkeypatch.setattr(sdft.chunked, "_swept", spy)
+    monkeypatch.setattr(sdft.forward_gradient, "_swept", spy)
     return seen
 
 

@@ -67,3 +67,14 @@ def test_scalars_have_a_speed_where_there_were_tokens() -> None:
         "tokens_per_second/update": 30.0,
         "tokens_per_second/evaluate": pytest.approx(0.7),
     }
+
+
+def test_processes_side_by_side_are_joined() -> None:
+    first, second = Ledger(), Ledger()
+    first.add("update", PhaseCost(2.0, 10, 100, 7))
+    first.add("score", PhaseCost(1.0, 3, 30, 1))
+    second.add("update", PhaseCost(3.0, 5, 50, 4))
+    joined = Ledger.joined([first, second])
+    assert joined["update"] == PhaseCost(3.0, 15, 150, 7)
+    assert joined["score"] == PhaseCost(1.0, 3, 30, 1)
+    assert Ledger.joined([first]).state_dict() == first.state_dict()

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 
 from sdft import ContinualDataModule, Example, PythonTask
 from sdft.batch import Batch
-from sdft.data import Encoded, collate
+from sdft.encoded import Encoded, collate
 from sdft.mixtures import Joint, PastReplay, Reinvoke, stage_parts
 
 pytestmark = pytest.mark.usefixtures("no_plots")

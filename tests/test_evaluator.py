@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,9 +68,9 @@ def test_passes_are_those_of_the_samples(
     drawn: dict[tuple[int, ...], list[str]] = {}
     real = module.respond
 
-    def respond(prompts: list[list[int]], sampling: Sampling) -> list:  # type: ignore[type-arg]
+    def respond(prompts: list[list[int]], sampling: Sampling, draws: Any) -> list[Any]:
         assert sampling == Sampling(module.greedy.max_new_tokens, temperature=1.5)
-        responses = real(prompts, sampling)
+        responses = real(prompts, sampling, draws)
         for prompt, response in zip(prompts, responses, strict=True):
             drawn.setdefault(tuple(prompt), []).append(response.text)
         return responses
@@ -94,16 +95,26 @@ def test_passes_are_those_of_the_samples(
 def test_draws_depend_on_seed_stage_and_column_alone(
     module: SDFTModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded, pass_at = encode(module), PassAt((1, 8), 24)
-    first = sample_passes(pass_at, module, task(), encoded, 48, stage=1)
+    encoded, pass_at, real = encode(module), PassAt((1, 8), 24), module.respond
+
+    def drawn(column: PythonTask, stage: int) -> list[str]:
+        texts: list[str] = []  # not their scores: few samples score alike by chance
+
+        def respond(prompts: list[list[int]], sampling: Sampling, draws: Any) -> Any:
+            responses = real(prompts, sampling, draws)
+            texts.extend(response.text for response in responses)
+            return responses
+
+        monkeypatch.setattr(module, "respond", respond)
+        sample_passes(pass_at, module, column, encoded, 48, stage)
+        return texts
+
+    first = drawn(task(), 1)
     torch.manual_seed(5)
-    assert sample_passes(pass_at, module, task(), encoded, 48, stage=1) == first
-    others = [
-        sample_passes(pass_at, module, task(), encoded, 48, stage=2),
-        sample_passes(pass_at, module, PythonTask("b", scorer=BeginsWith()), encoded, 48, stage=1),
-    ]
+    assert drawn(task(), 1) == first
+    others = [drawn(task(), 2), drawn(PythonTask("b", scorer=BeginsWith()), 1)]
     monkeypatch.setenv("PL_GLOBAL_SEED", "99")
-    others.append(sample_passes(pass_at, module, task(), encoded, 48, stage=1))
+    others.append(drawn(task(), 1))
     assert first not in others
 
 

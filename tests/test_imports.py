@@ -14,7 +14,12 @@ import sdft.callbacks
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = [path for path in sorted((ROOT / "sdft").rglob("*.py")) if path.name not in ("cli.py",)]
-ENTRY = {"sdft/__main__.py", "sdft/comparison/command.py"}
+ENTRY = {
+    "sdft/__main__.py",
+    "sdft/comparison/command.py",
+    "sdft/export/command.py",
+    "sdft/generate_command.py",
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -112,3 +112,18 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit() -> None:
 def test_bad_values(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         AdamWBF16(network().parameters(), **options)  # type: ignore[arg-type]
+
+
+def test_restored_moments_are_bf16_and_go_on_alike() -> None:
+    """torch restores an optimizer's state in the parameters' type."""
+    model = network()
+    optimizer = AdamWBF16(model.parameters(), lr=1e-2)
+    train(model, optimizer, 3)
+    twin = copy.deepcopy(model)
+    again = AdamWBF16(twin.parameters(), lr=1e-2)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 2, first=3)
+    train(twin, again, 2, first=3)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert again.state[other]["exp_avg"].dtype == torch.bfloat16

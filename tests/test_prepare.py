@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -18,6 +18,8 @@ from sdft.scorers import ExactMatch, JSONMatch, NumericMatch
 from sdft.tasks import JSONLTask
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
+if str(TOOLS) not in sys.path:
+    sys.path.append(str(TOOLS))
 SPLITS = ("train", "validation", "test")
 INTENTS = (
     "AddToPlaylist",
@@ -31,12 +33,8 @@ INTENTS = (
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A tool, the same module that other tools import."""
+    return importlib.import_module(name)
 
 
 snips, banking, squad = (load(f"prepare_{name}") for name in ("snips", "banking77", "squad"))

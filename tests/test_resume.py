@@ -20,6 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft import ContinualDataModule, Example, StudentModule
 from sdft.callbacks import EMATeacher, Retention
+from sdft.horizon import Horizon
+from sdft.lora import LoRA
 from sdft.methods import (
     AnchorReplayModule,
     CPTModule,
@@ -63,6 +65,19 @@ CASES: dict[str, dict[str, Any]] = {
         "data": {"reset_optimizer_between_tasks": True},
     },
     "bf16 weights": {"precision": "bf16-true"},
+    "rollouts drawn ahead": {"module": lambda: {"updates_per_generation": 3}},
+    "rollouts drawn ahead, accumulation, replay, dropout and a ramp": {
+        "family": "gpt2",
+        "accumulate_grad_batches": 2,
+        "module": lambda: {
+            "updates_per_generation": 2,
+            "rollouts_per_prompt": 2,
+            "horizon": Horizon(2, 5, 2),
+            "micro_batch_tokens": 40,
+            "divergence_top_k": 4,
+        },
+        "data": {"mixtures": [PastReplay(0.5)]},
+    },
     "dft and replay from a memory": {
         "method": "dft",
         "data": {"mixtures": [PastReplay(0.5, memory=2)]},
@@ -113,13 +128,21 @@ CASES: dict[str, dict[str, Any]] = {
         "accumulate_grad_batches": 2,
         "module": lambda: {"loss": "soft", "samples_per_prompt": 2},
     },
+    "adapters with dropout": {
+        "module": lambda: {"lora": LoRA(2, 4.0, dropout=0.2), "micro_batch_tokens": 30},
+        "accumulate_grad_batches": 2,
+    },
+    "adapters, one model per task": {
+        "module": lambda: {"lora": LoRA(2, 4.0)},
+        "data": {"from_base_each_task": True},
+    },
     "one model per task": {"data": {"from_base_each_task": True}},
     "everything that is measured": {
         "retention": {"pass_at": [1, 3], "pass_samples": 5, "selection_split": "validation"}
     },
 }
 
-EVERYWHERE = ("sdft", "one model per task", "everything that is measured")
+EVERYWHERE = ("sdft", "rollouts drawn ahead", "one model per task", "everything that is measured")
 
 METHODS: dict[str, type[StudentModule]] = {
     "sft": SFTModule,

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, WORDS, make_gpt2, make_model, sharpen
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from draws import EOS, LEAKS, PAD, assert_drawn_from, leaky, next_probs
+from transformers import PreTrainedModel
 
 from sdft.decode import DecodeEngine
 from sdft.rollout import GenerateEngine, Rollout, RolloutEngine, Sampling, as_rollout
 
-PAD, EOS = 0, 1
 PROMPTS = [[3, 9, 10, 4], [3, 12, 4], [3, 13, 14, 15, 16, 9, 4]]
 ENGINE: RolloutEngine = GenerateEngine()
 ENGINES: dict[str, RolloutEngine] = {
@@ -43,26 +42,8 @@ def generate(
     return ENGINE.generate(model, prompts, sampling, eos, PAD)
 
 
-@torch.no_grad()
-def next_probs(model: PreTrainedModel, prompt: list[int], temperature: float = 1.0) -> Tensor:
-    """The exact distribution of the first token."""
-    probs: Tensor = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
-    return probs
-
-
 def first_tokens(model: PreTrainedModel, sampling: Sampling, draws: int = 4000) -> Counter[int]:
     return Counter(generate(model, sampling, [PROMPTS[0]] * draws).ids_BT[:, 0].tolist())
-
-
-def assert_drawn_from(counts: Counter[int], probs: Tensor) -> None:
-    """Chi-square at about six standard deviations: never flaky, still sharp with 4,000 draws."""
-    draws = sum(counts.values())
-    expected = {token: draws * p for token, p in enumerate(probs.tolist()) if p > 0}
-    assert set(counts) <= set(expected), "a token outside the support was drawn"
-    often = {token: count for token, count in expected.items() if count >= 5}
-    chi = sum((counts[token] - count) ** 2 / count for token, count in often.items())
-    freedom = max(len(often) - 1, 1)
-    assert chi < freedom + 6 * math.sqrt(2 * freedom), (chi, freedom)
 
 
 # ---------------------------------------------------------------- distributions
@@ -182,32 +163,6 @@ def test_a_pad_token_that_is_the_end_token_ends_once() -> None:
 
 
 # ---------------------------------------------------------------- nothing leaks in or stays
-
-
-def leaky(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
-    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, **settings)
-    return model
-
-
-LEAKS: list[dict[str, Any]] = [
-    {"repetition_penalty": 5.0},
-    {"top_k": 1, "do_sample": True},
-    {"temperature": 0.1, "do_sample": True},
-    {"top_p": 0.1, "do_sample": True},
-    {"forced_eos_token_id": EOS},
-    {"forced_bos_token_id": 11},
-    {"suppress_tokens": [9, 10, 11, 12]},
-    {"begin_suppress_tokens": [9, 10, 11, 12]},
-    {"bad_words_ids": [[9], [10], [11]]},
-    {"no_repeat_ngram_size": 1},
-    {"min_new_tokens": 8},
-    {"max_length": 5},
-    {"num_beams": 3},
-    {"min_p": 0.9, "do_sample": True},
-    {"typical_p": 0.1, "do_sample": True},
-    {"eta_cutoff": 0.5, "do_sample": True},
-    {"num_return_sequences": 2, "do_sample": True},
-]
 
 
 @pytest.mark.parametrize("settings", LEAKS, ids=lambda settings: next(iter(settings)))

@@ -1,30 +1,28 @@
 """Contenders of the step benchmark: training loops that make one step when told to.
 
-Each runs its own `Trainer.fit` in a thread and waits before every batch, so that the steps of all
-contenders can be interleaved in one process and nothing of the real loop is left out.
+Each runs its own `Trainer.fit` in a thread and waits before every batch, so that nothing of the
+real loop is left out. To be timed, each runs in a process of its own (`bench_remote`).
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from bench_material import TEMPLATE, Setting, make_texts
+from bench_laps import Lap
+from bench_material import SKIPPED, make_texts
+from bench_models import Plan, make_module
 from lightning.pytorch import Callback, Trainer
 
 from sdft import ContinualDataModule, Example, PythonTask, SDFTModule, StudentModule
-from sdft.batch import Batch
+from sdft.batch import Batch, pad
 from sdft.callbacks import EMATeacher
 from sdft.cost import Ledger
 from sdft.methods import SFTModule
-from sdft.rollout import Rollout
+from sdft.rollout import GenerateEngine, Rollout
 
 
 class Baton(Callback):
@@ -32,23 +30,23 @@ class Baton(Callback):
 
     def __init__(self) -> None:
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.phases: dict[str, float] = {}
+        self.ledger = Ledger()
         self.stopped = False
 
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """Say that the step before is over; wait for the next."""
         self.done.release()
         self.go.acquire()
         if self.stopped:
             raise KeyboardInterrupt
+        pl_module.phases.totals = Ledger()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        """Note the phases' seconds."""
+        """Note what the phases have cost."""
         clock = pl_module.phases
         clock.enter("")
         if clock.totals is not None:
-            self.phases = {name: cost.seconds for name, cost in clock.totals.phases.items()}
-        clock.totals = Ledger()
+            self.ledger = clock.totals
 
 
 class Contender:
@@ -56,12 +54,13 @@ class Contender:
 
     Args:
         module: The method.
-        setting: Sizes.
+        plan: Model and sizes.
         steps: How many steps it will be asked for at most.
     """
 
-    def __init__(self, module: StudentModule, setting: Setting, steps: int) -> None:
+    def __init__(self, module: StudentModule, plan: Plan, steps: int) -> None:
         self.module = module
+        setting = plan.setting
         self.baton = Baton()
         self.error: BaseException | None = None
         cuda = torch.cuda.is_available()
@@ -76,7 +75,7 @@ class Contender:
             enable_model_summary=False,
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
-            callbacks=[EMATeacher(rate=0.01), self.baton],
+            callbacks=[EMATeacher(rate=0.01, storage=plan.teacher_storage), self.baton],
         )
         texts = make_texts(setting, setting.batch * steps)
         examples = [
@@ -102,17 +101,25 @@ class Contender:
         if self.error is not None:
             raise RuntimeError(f"{type(self.module).__name__} failed") from self.error
 
-    def step(self) -> float:
-        """Make one step; its seconds."""
+    def step(self) -> Lap:
+        """Make one step."""
         begun = time.perf_counter()
         self.baton.go.release()
         self._wait()
-        return time.perf_counter() - begun
-
-    @property
-    def phases(self) -> dict[str, float]:
-        """Seconds per phase of the last step."""
-        return self.baton.phases
+        seconds = time.perf_counter() - begun
+        phases = self.baton.ledger.phases
+        prompts: list[int] = []
+        completions: list[int] = []
+        if isinstance(self.module, RecordingSDFT):
+            prompts = [len(ids) for ids in self.module.batch.student_ids]
+            completions = self.module.completion.lengths_B.tolist()
+        return Lap(
+            seconds,
+            {name: cost.seconds for name, cost in phases.items()},
+            {name: cost.flops for name, cost in phases.items()},
+            prompts,
+            completions,
+        )
 
     def close(self) -> None:
         """End the loop."""
@@ -134,70 +141,52 @@ class RecordingSDFT(SDFTModule):
 
 
 class SameTokensSFT(SFTModule):
-    """SFT on the completions that another module has just sampled.
+    """SFT on completions that were sampled elsewhere; packed and in chunks, as our SFT is.
 
     Args:
-        source: Whose completions.
+        source: Gives the completions of each step.
         kwargs: See `StudentModule`.
     """
 
-    def __init__(self, source: RecordingSDFT, **kwargs: Any) -> None:
+    def __init__(self, source: Callable[[], Rollout], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._source = [source]  # no submodule
+        self._source = source
 
     def targets(self, batch: Batch) -> Rollout:
-        """The source's completions."""
-        return self._source[0].completion
+        """The completions."""
+        given = self._source()
+        ids_BT, mask_BT = given.ids_BT.to(self.device), given.mask_BT.to(self.device)
+        return Rollout(ids_BT, mask_BT, given.truncated_B)
 
 
-class TRLContender:
-    """TRL's trainer in another environment, a process that waits for a line before each step.
+def replayed(lengths: Iterable[list[int]], vocab: int) -> Iterator[Rollout]:
+    """Completions of these lengths, of tokens that do not matter.
 
     Args:
-        python: The interpreter of an environment with TRL.
-        folder: Model and tokenizer.
-        setting: Sizes.
-        steps: How many steps it will be asked for at most.
+        lengths: Of each completion, step by step.
+        vocab: Tokens to draw from.
     """
-
-    phases: dict[str, float]
-
-    def __init__(self, python: str, folder: Path, setting: Setting, steps: int) -> None:
-        self.phases = {}
-        script = str(Path(__file__).with_name("bench_trl.py"))
-        command = [python, script, str(folder), json.dumps(asdict(setting)), str(steps)]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-        )
-        if self._line() != "ready":
-            raise RuntimeError(f"TRL did not start: run {' '.join(command)} to see why")
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def step(self) -> float:
-        """Make one step; its seconds."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return float(self._line())
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+    for step in lengths:
+        ids_BT, mask_BT = pad([[1] * length for length in step], 0, "right", torch.device("cpu"))
+        ids_BT = torch.randint(min(vocab, 100), ids_BT.shape)  # every model has as many
+        yield Rollout(ids_BT, mask_BT, torch.zeros(len(step), dtype=torch.bool))
 
 
-def options(folder: Path, setting: Setting) -> dict[str, Any]:
-    """Arguments that all of our modules share."""
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
-    return {
-        "model_name": str(folder),
-        "max_new_tokens": setting.completion,
-        "teacher_template": TEMPLATE,
-        "optimizer": lambda parameters: optimizer(parameters, lr=1e-5, weight_decay=0.0),
-        "track_base": False,
-    }
+def make_contender(
+    name: str, plan: Plan, steps: int, source: Callable[[], Rollout] | None = None
+) -> Contender:
+    """One of ours, ready for its first step.
+
+    Args:
+        name: `ours`, `sft` or `generate`.
+        plan: Model and sizes.
+        steps: How many steps it will be asked for at most.
+        source: Where SFT has its completions from.
+    """
+    if name == "sft":
+        assert source is not None
+        module = make_module(SameTokensSFT, plan, source=source)
+    else:
+        engine = GenerateEngine() if name == "generate" else None
+        module = make_module(RecordingSDFT, plan, engine=engine, skip_first_tokens=SKIPPED)
+    return Contender(module, plan, steps)

@@ -33,6 +33,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from sdft.continuous import ContinuousBatchingEngine
 from sdft.decode import DecodeEngine
 from sdft.models import DTYPES, WORLD, ModelSource
 from sdft.prompts import PromptEncoder, TeacherTemplate
@@ -44,6 +45,7 @@ ENGINES: dict[str, RolloutEngine] = {
     "ours, by forward": DecodeEngine(direct=False),
     "generate, dynamic cache": GenerateEngine(),
     "generate, static cache": GenerateEngine("static"),
+    "continuous batching": ContinuousBatchingEngine(),
 }
 VOCABULARY = 8192
 

@@ -30,6 +30,7 @@ from sdft.comparison.runner import Runner
 from sdft.comparison.settings import Settings, method_settings
 from sdft.comparison.summary import Summary
 from sdft.comparison.verdict import headline
+from sdft.redaction import redacted_text
 
 
 def main(args: list[str]) -> int:
@@ -49,7 +50,7 @@ def main(args: list[str]) -> int:
     options = _parser().parse_args(args)
     given = {field.name: _plain(options[field.name]) for field in fields(Comparison)}
     plan = Plan(Comparison(**given), Path(str(options["config"][0])))
-    command = shlex.join(["python", "-m", "sdft", "compare", *args])
+    command = redacted_text(shlex.join(["python", "-m", "sdft", "compare", *args]))
     if options["report_only"]:  # needs no lock: it may look at a comparison that is under way
         if not plan.out.is_dir():
             raise ValueError(f"--report_only: there is no folder {plan.out}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sdft.messages import check_yaml
+from sdft.names import name_problem
 
 METHOD_KEYS = ("config", "learning_rates", "label", "upper_bound")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -166,8 +165,8 @@ class Plan:
 
     def _method(self, name: str, given: Any) -> Method:
         where = f"methods.{name}"
-        if not _NAME.fullmatch(name):
-            raise self._error(where, "is no name: letters, digits, '_', '.' and '-' are allowed")
+        if (problem := name_problem(name)) is not None:
+            raise self._error(where, f"is no name: {problem}")
         values = self._method_values(where, given)
         overlay = values.get("config")
         path = self._existing(f"{where}.config", overlay) if overlay else self._known(name)

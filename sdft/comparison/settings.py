@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from sdft.comparison.plan import Method, Plan, Run
+from sdft.redaction import secret_keys
 
 Settings = dict[str, Any]
 Resolve = Callable[[list[Path]], Settings]
@@ -72,8 +73,8 @@ def method_settings(plan: Plan, resolve: Resolve) -> dict[str, Settings]:
     """The configuration of every method, by its name: base, then settings, then overlay.
 
     Raises:
-        ValueError: One is not valid, has no learning rate to set, or would not be trained or
-            measured as the first is.
+        ValueError: One is not valid, holds a secret, has no learning rate to set, or would not be
+            trained or measured as the first is.
     """
     found: dict[str, Settings] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -177,6 +178,11 @@ _GONE = "(absent)"
 
 def _check(method: Method, settings: Settings) -> None:
     where = f"method {method.name!r} ({method.overlay})"
+    if keys := secret_keys(settings):
+        raise ValueError(
+            f"{where}: {keys[0]} holds a secret, and a comparison writes the configuration of its "
+            "runs to disk: have the code read it from the environment"
+        )
     if method.rates is not None:
         try:
             _rates_holder(settings)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch, Origin
+from sdft.hidden_loss import Grader
 from sdft.module import SDFTModule
 from sdft.rollout import Rollout
 from sdft.weights import set_weights
@@ -52,6 +53,18 @@ class AnchorReplayModule(SDFTModule):
         if self.anchor_kind == "stage_start":
             assert self.anchor is not None
             set_weights(self.anchor, self.model)
+
+    def graders(self, batch: Batch) -> list[Grader]:
+        """As in `score`: the anchor for past rows, the teacher for the others."""
+        past = [row for row, origin in enumerate(batch.origins) if origin == "past"]
+        new = [row for row in range(len(batch)) if row not in set(past)]
+        assert self.teacher is not None
+        assert self.anchor is not None
+        found = [
+            Grader(self.anchor, past, batch.rows(past).student_ids),
+            Grader(self.teacher, new, batch.rows(new).teacher_ids),
+        ]
+        return [grader for grader in found if grader.rows]
 
     @torch.no_grad()
     def score(self, batch: Batch, completion: Rollout) -> Tensor:

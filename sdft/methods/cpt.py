@@ -12,6 +12,7 @@ from sdft.examples import Example
 from sdft.methods.sft import SFTModule
 from sdft.rollout import Rollout
 from sdft.run import task_stream
+from sdft.share import Share
 
 Text = Literal["context", "demonstration", "prompt_and_demonstration"]
 """Which text of an example is the document."""
@@ -75,17 +76,18 @@ class CPTModule(SFTModule):
     def supervised(self, batch: Batch) -> Tensor:
         """Mean loss of the tokens of the batch's documents; logged."""
         batch, target = self.reading(batch)
-        logits_BTV = self.logits(self.model, batch.student_ids, target)
-        loss = self.token_loss(logits_BTV, target.ids_BT)[target.mask_BT].mean()
-        self.phases.enter("track")
-        self._log_step(batch, target, loss, logits_BTV.detach())
-        self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        mask_BT = batch.counted(target.mask_BT)
+        tokens = mask_BT.sum()
+        return self.fitted(batch, target, mask_BT / tokens.clamp(min=1), tokens)
 
     def reading(self, batch: Batch) -> tuple[Batch, Rollout]:
         """The batch's windows: the first token of each as the prompt, the others as its target."""
         read = [(example, window) for example in batch.examples for window in self.windows(example)]
         starts = Batch([example for example, _ in read], [window[:1] for _, window in read])
+        if batch.share is not None:
+            flags = zip(batch.examples, batch.share.real, strict=True)
+            real = tuple(real for example, real in flags for _ in self.windows(example))
+            starts.share = Share(tuple(range(len(read))), real, tuple(starts.origins))
         ids_BT, mask_BT = pad([window[1:] for _, window in read], self.pad_id, "right", self.device)
         return starts, Rollout(ids_BT, mask_BT, torch.zeros(len(read), dtype=torch.bool))
 

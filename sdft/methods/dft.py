@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sdft.head_losses import head_cross_entropy
 from sdft.losses import token_cross_entropy
 from sdft.methods.sft import SFTModule
+from sdft.states import States
 
 
 class DFTModule(SFTModule):
@@ -25,3 +27,7 @@ class DFTModule(SFTModule):
         """p · CE of each target token, `[B, T]`; no gradient passes through p."""
         nll_BT = token_cross_entropy(logits_BTV, target_BT)
         return nll_BT.detach().neg().exp() * nll_BT
+
+    def state_loss(self, student: States, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+        """The same from hidden states, times the tokens' weights: `[N]`."""
+        return head_cross_entropy(*student, targets_N, times_probability=True, weights_N=weights_N)

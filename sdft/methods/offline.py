@@ -23,10 +23,11 @@ from sdft.generated import (
     write_answers,
 )
 from sdft.methods.sft import SFTModule
+from sdft.ranks import gathered
 from sdft.rollout import Rollout, Sampling
 from sdft.run import is_dry, run_folder, task_stream
 from sdft.seeding import derive_seed, run_seed
-from sdft.stores import Store, describe, fingerprint, open_store
+from sdft.stores import Store, describe, find_store, fingerprint, open_store
 from sdft.weights import weights_digest
 
 
@@ -97,12 +98,9 @@ class OfflineModule(SFTModule):
         self.phases.enter("prepare")
         self.book = None
         requests = [r for r in self.requests() for _ in range(self.answers_per_prompt)]
-        store = open_store(
-            self._roots(),
-            self.method,
-            self.made_from(requests),
-            lambda folder: self.make(folder, requests),
-        )
+        source = (self._roots(), self.method, self.made_from(requests))
+        check_same_stores(gathered(find_store(*source) is not None), source[0])
+        store = open_store(*source, lambda folder: self.make(folder, requests))
         self.use(store, requests)
         self.phases.enter("")
         if not (self.trains_with_base or self.track_base or self._restarts):
@@ -171,8 +169,9 @@ class OfflineModule(SFTModule):
             batch_idx: Place of the batch in its stage.
         """
         assert self.book is not None, "answers are made when fit begins"
-        place = (self.trainer.current_epoch, batch_idx, self.global_rank)
-        drawn = self.book.choose(prompts, derive_seed(run_seed(), "answers", *place))
+        place = (self.trainer.current_epoch, batch_idx)
+        rows = None if batch.share is None else batch.share.places
+        drawn = self.book.choose(prompts, derive_seed(run_seed(), "answers", *place), rows)
         found = {row: answer for row, answer in enumerate(drawn) if answer is not None}
         return batch.rows(list(found)), list(found.values())
 
@@ -198,6 +197,19 @@ class OfflineModule(SFTModule):
         """Look for the answers where the checkpoint's run had them."""
         super().on_load_checkpoint(checkpoint)
         self._earlier = checkpoint["sdft"].get("generated")
+
+
+def check_same_stores(found: Sequence[bool], roots: Sequence[Path]) -> None:
+    """What is to be made is made by all processes together, or by none.
+
+    Raises:
+        ValueError: Some processes see the store, others do not.
+    """
+    if any(found) and not all(found):
+        raise ValueError(
+            f"model.store: {found.count(True)} of {len(found)} processes see the answers in "
+            f"{', '.join(map(str, roots))}: put the folder where all machines see it"
+        )
 
 
 def _summary(store: Store) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdft.batch import Batch, Origin
-from sdft.losses import check_alpha, sequence_mean, token_divergence
+from sdft.losses import check_alpha, sequence_mean, sequence_weights, token_divergence
 from sdft.methods.sft import SFTModule
+from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout, Sampling
+from sdft.states import Lesson, heads_known, keeps, taught_by
 
 
 class ReinvokeModule(SFTModule):
@@ -59,26 +62,54 @@ class ReinvokeModule(SFTModule):
         supervised, general = batch.of("new", "past"), batch.of("general")
         losses = []
         if len(supervised):
-            losses.append(len(supervised) * super().training_step(supervised, batch_idx))
+            losses.append(supervised.total * super().training_step(supervised, batch_idx))
         if len(general):
-            losses.append(len(general) * self.reinvoke(general))
-        return torch.stack(losses).sum() / len(batch)
+            losses.append(general.total * self.reinvoke(general))
+        return torch.stack(losses).sum() / batch.total
 
     def reinvoke(self, batch: Batch) -> Tensor:
         """Mean divergence from the base on the student's own answers to bare prompts; logged."""
         assert self.base is not None
         self.phases.enter("generate")
-        completion = self.sample(self.model, batch.student_ids, self.sampling)
+        completion = self.sample(self.model, batch.student_ids, self.sampling, self.draws(batch))
+        distil = self._distil_states if self.distils_states else self._distil_logits
+        loss = distil(batch, completion)
+        sequences = self._counting(batch, completion).any(-1).sum()
+        self.phases.enter("track")
+        self._log_answers(batch, completion, loss.detach(), sequences)
+        self.phases.enter("update")  # backward and optimizer follow
+        return part_of_mean(loss, sequences)
+
+    def _counting(self, batch: Batch, completion: Rollout) -> Tensor:
+        positions_T = torch.arange(completion.mask_BT.shape[1], device=completion.mask_BT.device)
+        return batch.counted(completion.mask_BT & (positions_T >= self.skip_first_tokens))
+
+    @property
+    def distils_states(self) -> bool:
+        """Whether the divergence is taken from hidden states, so that whole logits never exist.
+
+        Not where a subclass has logits or a `divergence` of its own, or where a head is of no
+        known form.
+        """
+        own = keeps(self, ReinvokeModule, "divergence")
+        return own and self.takes_states and heads_known(self.base)
+
+    def _distil_states(self, batch: Batch, completion: Rollout) -> Tensor:
+        assert self.base is not None
+        weights_BT = sequence_weights(self._counting(batch, completion))
+        prompts = batch.student_ids
+        lesson = Lesson(prompts, self.base, prompts, completion, weights_BT)
+        return taught_by(self, lesson, self.sampling.temperature, self.alpha)[0]
+
+    def _distil_logits(self, batch: Batch, completion: Rollout) -> Tensor:
+        assert self.base is not None
         self.phases.enter("score")
         with torch.no_grad():
             base_BTV = self.logits(self.base, batch.student_ids, completion)
         self.phases.enter("update")
         student_BTV = self.logits(self.model, batch.student_ids, completion)
-        loss = self.divergence(student_BTV, base_BTV, completion)
-        self.phases.enter("track")
-        self._log_answers(completion, loss.detach())
-        self.phases.enter("update")  # backward and optimizer follow
-        return loss
+        counted = replace(completion, mask_BT=batch.counted(completion.mask_BT))
+        return self.divergence(student_BTV, base_BTV, counted)
 
     def divergence(
         self, student_logits_BTV: Tensor, base_logits_BTV: Tensor, completion: Rollout
@@ -92,11 +123,14 @@ class ReinvokeModule(SFTModule):
         skip = self.skip_first_tokens
         return sequence_mean(per_token_BT[:, skip:], completion.mask_BT[:, skip:])
 
-    def _log_answers(self, completion: Rollout, loss: Tensor) -> None:
+    def _log_answers(
+        self, batch: Batch, completion: Rollout, loss: Tensor, sequences: Tensor
+    ) -> None:
+        found = self.log_means({"reinvoke/divergence": loss}, sequences)
         values = {
-            "reinvoke/divergence": loss,
-            "reinvoke/completion_length": completion.lengths_B.float().mean(),
-            "reinvoke/truncated": completion.truncated_B.float().mean(),
+            "reinvoke/completion_length": batch.mean(completion.lengths_B),
+            "reinvoke/truncated": batch.mean(completion.truncated_B),
         }
-        self.log_dict(values, batch_size=len(completion.ids_BT))
-        self.log("divergence", loss, prog_bar=True, logger=False, batch_size=len(completion.ids_BT))
+        self.log_means(values, batch.count)
+        shown = found["reinvoke/divergence"]
+        self.log("divergence", shown, prog_bar=True, logger=False, batch_size=len(batch))

@@ -18,10 +18,13 @@ from sdft.batch import Batch, Origin
 from sdft.checks import AnyCheck
 from sdft.encoded import Encoded
 from sdft.generated import ANSWERS, Request, read_answers
-from sdft.losses import sequence_mean, token_divergence, zero_loss
+from sdft.head_losses import head_topk_divergence, head_topk_targets
+from sdft.losses import sequence_weights, token_divergence, zero_loss
 from sdft.methods.offline import OfflineModule
+from sdft.ranks import part_of_mean
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
+from sdft.states import Lesson, States, heads_known, learnt, states, taught_by
 from sdft.stores import Store
 from sdft.target_file import SOFT_TARGETS, SoftTargets, write_soft_targets
 from sdft.topk import TopK, topk_divergence, topk_targets
@@ -140,14 +143,17 @@ class SoftTargetModule(OfflineModule):
     def _soft(self, prompts: Sequence[Sequence[int]], completion: Rollout) -> list[TopK]:
         """The base's targets of each completion, without its padding, on the CPU."""
         assert self.base is not None
+        k, temperature = self.targets_per_token, self.sampling.temperature
         with self.forward_precision():
-            logits_BTV = self.logits(self.base, prompts, completion)
-        target = topk_targets(logits_BTV, self.targets_per_token, self.sampling.temperature)
+            if self.takes_states and heads_known(self.base):
+                base = states(self, self.base, prompts, completion)
+                target_N = head_topk_targets(*base, k, temperature)
+            else:
+                logits_BTV = self.logits(self.base, prompts, completion)
+                target_N = topk_targets(logits_BTV[completion.mask_BT], k, temperature)
         lengths = completion.lengths_B.tolist()
-        return [
-            TopK(*(part[row, :length].cpu() for part in target))
-            for row, length in enumerate(lengths)
-        ]
+        parts = zip(*(part.cpu().split(lengths) for part in target_N), strict=True)
+        return [TopK(*part) for part in parts]
 
     def use(self, store: Store, requests: Sequence[Request]) -> None:
         """Train on a store's answers and targets; say how large the targets are."""
@@ -183,11 +189,42 @@ class SoftTargetModule(OfflineModule):
         rows, places = self.answered(batch, batch.student_ids, batch_idx)
         assert len(rows) == len(batch), "mixtures draw no prompt without an answer"
         completion = self.completions(places)
-        logits_BTV = self.logits(self.model, rows.student_ids, completion)
-        per_token_BT = self._divergence(rows, places, completion, logits_BTV)
-        loss = sequence_mean(per_token_BT, completion.mask_BT)
-        self.log("train/distillation", loss.detach(), batch_size=len(batch))
-        return loss
+        mask_BT = rows.counted(completion.mask_BT)
+        sequences = mask_BT.any(-1).sum()
+        distil = self._distil_states if self.distils_states else self._distil_logits
+        loss = distil(rows, places, completion, sequence_weights(mask_BT))
+        self.log_means({"train/distillation": loss.detach()}, sequences)
+        return part_of_mean(loss, sequences)
+
+    @property
+    def distils_states(self) -> bool:
+        """Whether the distillation is taken from hidden states (see `fits_states`)."""
+        return self.takes_states and (self._stored is not None or heads_known(self.base))
+
+    def _distil_states(
+        self, batch: Batch, places: list[int], completion: Rollout, weights_BT: Tensor
+    ) -> Tensor:
+        temperature = self.sampling.temperature
+        prompts, weights_N = batch.student_ids, weights_BT[completion.mask_BT]
+        if self._stored is not None:
+            target = self._stored.rows(places, weights_N.device)
+
+            def divergence(student: States) -> Tensor:
+                return head_topk_divergence(
+                    *student, target, temperature=temperature, weights_N=weights_N
+                ).sum()
+
+            return learnt(self, prompts, completion, divergence)[0]
+        assert self.base is not None
+        lesson = Lesson(prompts, self.base, prompts, completion, weights_BT)
+        return taught_by(self, lesson, temperature)[0]
+
+    def _distil_logits(
+        self, batch: Batch, places: list[int], completion: Rollout, weights_BT: Tensor
+    ) -> Tensor:
+        logits_BTV = self.logits(self.model, batch.student_ids, completion)
+        per_token_BT = self._divergence(batch, places, completion, logits_BTV)
+        return (weights_BT * per_token_BT)[completion.mask_BT].sum()
 
     def _divergence(
         self, batch: Batch, places: list[int], completion: Rollout, logits_BTV: Tensor

@@ -7,19 +7,23 @@ answers itself and once: what on-policy learning is measured against (arXiv 2601
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sdft.batch import Batch
+from sdft.batch import Batch, pad
 from sdft.checks import AnyCheck
 from sdft.encoded import Encoded
 from sdft.generated import Request
-from sdft.losses import sequence_mean, token_divergence, zero_loss
+from sdft.losses import sequence_weights, token_divergence, zero_loss
 from sdft.methods.offline import OfflineModule
+from sdft.methods.sft import Track
+from sdft.ranks import gathered, part_of_mean
 from sdft.rollout import Rollout, Sampling
 from sdft.run import task_stream
+from sdft.states import Lesson, heads_known, taught_by
 
 Loss = Literal["hard", "soft"]
 
@@ -89,30 +93,60 @@ class TeacherSampleModule(OfflineModule):
         """The loss of the samples of the batch's rows."""
         self.phases.enter("update")
         rows, places = self.answered(batch, batch.teacher_ids, batch_idx)
-        without = 1 - len(rows) / len(batch)
-        self.log("train/without_sample", without, batch_size=len(batch))
-        if not places:
+        without = 1 - rows.count / max(batch.count, 1)
+        self.log_means({"train/without_sample": without}, batch.count)
+        if not any(gathered(len(places))):
             return zero_loss(self.model.parameters())
         completion = self.completions(places)
-        logits_BTV = self.logits(self.model, rows.student_ids, completion)
-        per_token_BT = self._per_token(rows, completion, logits_BTV)
-        loss = sequence_mean(per_token_BT, completion.mask_BT)
-        self.phases.enter("track")
-        self._log_step(rows, completion, loss, logits_BTV.detach())
-        self.phases.enter("update")  # backward and optimizer follow
-        return loss
-
-    def _per_token(self, batch: Batch, completion: Rollout, logits_BTV: Tensor) -> Tensor:
+        if not places:  # other processes may have some, and none passes through the model alone
+            rows, completion = self._nothing(batch)
+        mask_BT = rows.counted(completion.mask_BT)
+        weights_BT, sequences = sequence_weights(mask_BT), mask_BT.any(-1).sum()
         if self.loss_kind == "hard":
-            return self.token_loss(logits_BTV, completion.ids_BT)
+            return self.fitted(rows, completion, weights_BT, sequences)
+        distil = self._distil_states if self.distils_states else self._distil_logits
+        loss, track = distil(rows, completion, weights_BT)
+        self.phases.enter("track")
+        self._log_step(rows, completion, loss, sequences, track)
+        self.phases.enter("update")  # backward and optimizer follow
+        return part_of_mean(loss, sequences)
+
+    def _nothing(self, batch: Batch) -> tuple[Batch, Rollout]:
+        """A row and a completion of one token that do not count."""
+        row = batch.rows([0])
+        assert row.share is not None
+        row.share = replace(row.share, real=(False,))
+        ids_BT, mask_BT = pad([[self.pad_id]], self.pad_id, "right", self.device)
+        return row, Rollout(ids_BT, mask_BT, torch.zeros(1, dtype=torch.bool))
+
+    @property
+    def distils_states(self) -> bool:
+        """Whether the soft loss is taken from hidden states (see `fits_states`)."""
+        return self.takes_states and heads_known(self.base)
+
+    def _distil_states(
+        self, batch: Batch, completion: Rollout, weights_BT: Tensor
+    ) -> tuple[Tensor, Track]:
+        assert self.base is not None
+        lesson = Lesson(batch.student_ids, self.base, batch.teacher_ids, completion, weights_BT)
+        loss, student = taught_by(self, lesson, self.sampling.temperature)
+        return loss, self.tracking(batch, completion, student)
+
+    def _distil_logits(
+        self, batch: Batch, completion: Rollout, weights_BT: Tensor
+    ) -> tuple[Tensor, Track]:
         assert self.base is not None
         self.phases.enter("score")
         with torch.no_grad():
             teacher_BTV = self.logits(self.base, batch.teacher_ids, completion)
         self.phases.enter("update")
+        logits_BTV = self.logits(self.model, batch.student_ids, completion)
         temperature = self.sampling.temperature
-        scaled_BTV = logits_BTV.float() / temperature
-        return token_divergence(scaled_BTV, teacher_BTV.float() / temperature)
+        per_token_BT = token_divergence(
+            logits_BTV.float() / temperature, teacher_BTV.float() / temperature
+        )
+        loss = (weights_BT * per_token_BT)[completion.mask_BT].sum()
+        return loss, self.tracking_logits(batch, completion, logits_BTV)
 
 
 def _key(item: Encoded) -> tuple[int, ...]:

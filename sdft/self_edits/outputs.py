@@ -11,6 +11,7 @@ from typing import Any
 
 from sdft.atomic import atomic_write
 from sdft.generated import generate
+from sdft.redaction import redacted
 from sdft.seeding import derive_seed
 from sdft.self_edits.author import Author
 from sdft.self_edits.kinds import Kind
@@ -76,7 +77,7 @@ class OutputFile:
 
     def __init__(self, path: Path, made_from: Mapping[str, Any]) -> None:
         self.path = path
-        self.header = {"fingerprint": fingerprint(made_from), "made_from": made_from}
+        self.header = {"fingerprint": fingerprint(made_from), "made_from": redacted(made_from)}
 
     def begin(self, passages: int, group: int, overwrite: bool) -> list[list[Output]]:
         """The outputs that are there already, one list per passage, in whole groups.

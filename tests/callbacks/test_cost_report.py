@@ -42,6 +42,7 @@ def test_the_content_of_cost_json(fit: Fit) -> None:
         "optimizer_steps",
         "parameters",
         "device",
+        "processes",
         "threads",
         "memory_kind",
     }

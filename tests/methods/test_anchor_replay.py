@@ -18,6 +18,7 @@ from sdft.batch import Batch, Origin
 from sdft.callbacks import EMATeacher
 from sdft.methods import AnchorReplayModule
 from sdft.mixtures import PastReplay
+from sdft.rollout import Rollout
 from sdft.scoring import completion_logits
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -92,6 +93,38 @@ def test_the_anchor_scores_past_rows_on_bare_prompts_and_the_teacher_the_others(
             found[row][mask[row]], expected[row][mask[row]], atol=1e-4, rtol=1e-4
         )
     assert not torch.allclose(taught, anchored, atol=0.1)
+
+
+class WholeLogits(AnchorReplayModule):
+    def student_logits(self, batch: Batch, completion: Rollout) -> Tensor:
+        return super().student_logits(batch, completion)
+
+
+MIXED: tuple[Origin, ...] = ("new", "past", "new", "past", "past")
+
+
+@pytest.mark.parametrize("origins", [MIXED, ("new",) * 3, ("past",) * 3])
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.4, "micro_batch_tokens": 40}])
+def test_hidden_states_and_whole_logits_give_one_loss_and_one_gradient(
+    model_dir: Path, silent: None, origins: tuple[Origin, ...], options: dict[str, Any]
+) -> None:
+    found = []
+    for kind in (AnchorReplayModule, WholeLogits):
+        module = make_method(kind, model_dir, skip_first_tokens=1, **options)
+        module.configure_model()
+        module.double()
+        sharpen(module.teacher, 2.0)
+        sharpen(module.anchor, 3.0)
+        assert module.compares_hidden is (kind is AnchorReplayModule)
+        torch.manual_seed(0)
+        loss = module.training_step(batch_of(module, *origins), 0)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in module.model.parameters()]))
+    (loss, gradients), (expected, others) = found
+    assert expected > 1e-3
+    torch.testing.assert_close(loss, expected.double(), rtol=1e-6, atol=1e-7)
+    for one, other in zip(gradients, others, strict=True):
+        assert (one - other).norm() <= 1e-6 * (1 + other.norm())
 
 
 @pytest.mark.parametrize("origin", ["new", "past"])
@@ -205,8 +238,7 @@ def test_replay_keeps_the_student_near_its_anchor(fit: Fit, model_dir: Path) -> 
         module = make_method(method, model_dir)
         _, trained = fit(module=module, data=make_data(names, mixtures=mixtures))
         runs.append(state(trained.model))
-    # SDFT compares hidden states, replay whole logits: the same to rounding.
-    torch.testing.assert_close(runs[0], runs[1], rtol=1e-2, atol=1e-4)
+    assert same(runs[0], runs[1])
     furthest = max((runs[2][name] - runs[3][name]).abs().max().item() for name in runs[2])
     assert furthest > 1e-3
 

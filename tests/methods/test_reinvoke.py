@@ -17,9 +17,9 @@ from sdft.batch import Batch, Origin
 from sdft.losses import sequence_mean, token_divergence
 from sdft.methods import ReinvokeModule, SFTModule
 from sdft.mixtures import GeneralPrompts, PastReplay, Reinvoke
+from sdft.packing import completion_hidden
 from sdft.rollout import Rollout
 from sdft.schedule import StageSchedule
-from sdft.scoring import completion_logits
 from sdft.weights import frozen_copy
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -117,11 +117,11 @@ def test_base_and_student_see_the_same_bare_prompt_and_answer(
             ids = torch.tensor([[9, 10, 11]] * len(prompts))
             return Rollout(ids, torch.ones_like(ids).bool(), torch.zeros(len(prompts)).bool())
 
-    def spy(model: Any, prompts: Any, completion: Rollout, pad_id: int) -> Tensor:
+    def spy(model: Any, prompts: Any, completion: Rollout) -> Tensor:
         scored.append((model, prompts, completion.ids_BT.tolist()))
-        return completion_logits(model, prompts, completion, pad_id)
+        return completion_hidden(model, prompts, completion)
 
-    monkeypatch.setattr("sdft.respondent.completion_logits", spy)
+    monkeypatch.setattr("sdft.respondent.completion_hidden", spy)
     module.engine = Spy()
     module.training_step(batch, 0)
     same = [[9, 10, 11]] * 2

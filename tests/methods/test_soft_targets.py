@@ -226,7 +226,9 @@ def test_distillation_keeps_the_student_near_the_base(fit: Any, model_dir: Path)
         completion = module.completions([module.book._places[p][0] for p in prompts])
         with torch.no_grad():
             logits = completion_logits(module.student.eval(), prompts, completion, 0)
-        kept[weight] = module.kl_to_base([list(p) for p in prompts], completion, logits).item()
+        kept[weight] = module.kl_to_base(
+            [list(p) for p in prompts], completion, logits, completion.mask_BT
+        ).item()
     assert kept[0.5] < 0.3 * kept[0.0]
 
 
@@ -250,7 +252,7 @@ def test_several_answers_are_all_drawn_in_time(fit: Any, model_dir: Path) -> Non
     module = make(model_dir, answers_per_prompt=3, weight=1.0)
     plain = module.completions
     module.completions = lambda places: drawn.extend(places) or plain(places)
-    trainer, _ = fit(module=module, data=stream(ratio=1.0, steps=30))
+    trainer, _ = fit(module=module, data=stream(ratio=1.0, steps=60))
     assert len(read_answers(store_of(trainer) / "answers.jsonl")) == 24
     assert set(drawn) == set(range(24))
 
@@ -334,10 +336,10 @@ def generations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     plain = StudentModule.sample
 
-    def counted(self: Any, model: Any, prompts: Any, sampling: Any) -> Any:
+    def counted(self: Any, model: Any, prompts: Any, *others: Any) -> Any:
         if self.phases.current == "prepare":
             calls.append(len(prompts))
-        return plain(self, model, prompts, sampling)
+        return plain(self, model, prompts, *others)
 
     monkeypatch.setattr(StudentModule, "sample", counted)
     return calls
