@@ -24,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sdft.checkpoint_reader import check_harmless
+
 MINUTES = 10.0
 _ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = next(  # newer torch renames it
@@ -104,9 +106,11 @@ class ShardedStrategy(ModelParallelStrategy):
         """Load, once it is clear that the checkpoint is one of this model.
 
         Raises:
-            ValueError: See `StudentModule.check_checkpoint`.
+            ValueError: See `StudentModule.check_checkpoint`, and `check_harmless`.
         """
         path = Path(self.broadcast(checkpoint_path))
+        if weights_only is not False:
+            check_harmless(path)
         if not path.is_file():
             return super().load_checkpoint(path, weights_only)
         # Weights are loaded before the module hears of it.
@@ -170,6 +174,19 @@ class FlatShardedStrategy(FSDPStrategy):
                 "configs/fsdp.yaml, which shards on CPUs, too"
             )
         super().setup_environment()
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load, once it is clear that the checkpoint runs no code.
+
+        Raises:
+            ValueError: See `check_harmless`.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if weights_only is not False:
+            check_harmless(path)
+        return super().load_checkpoint(path, weights_only)
 
 
 def _is_decoder_layer(module: Module, recurse: bool, nonwrapped_numel: int) -> bool:

@@ -65,7 +65,7 @@ def unequal(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 def same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rollouts in every stage: seeds name it, all else must not depend on it."""
     monkeypatch.setattr(
-        "sdft.student.derive_seed", lambda seed, stage, *place: derive_seed(seed, *place)
+        "sdft.shared_steps.derive_seed", lambda seed, stage, *place: derive_seed(seed, *place)
     )
 
 

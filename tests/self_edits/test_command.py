@@ -52,7 +52,9 @@ class Pen:
         self.texts[ids] = text
         return ids
 
-    def sample(self, model: Any, prompts: Sequence[Any], sampling: Sampling) -> Rollout:
+    def sample(
+        self, model: Any, prompts: Sequence[Any], sampling: Sampling, draws: Any = None
+    ) -> Rollout:
         if self.fail_at is not None and len(self.seeds) >= self.fail_at:
             raise KeyboardInterrupt
         self.seeds.append(torch.initial_seed())
