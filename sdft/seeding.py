@@ -33,7 +33,7 @@ def random_states() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     states: dict[str, Any] = {
         "python": list(random.getstate()),
-        "numpy": [str(kind), torch.from_numpy(np.array(keys)), *rest],
+        "numpy": [str(kind), keys.tolist(), *rest],  # not a tensor: uint32 does not pickle
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -49,7 +49,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     version, inner, gauss = states["python"]
     random.setstate((version, tuple(inner), gauss))
     kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy(), *rest))
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"].cpu())
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"].cpu())
