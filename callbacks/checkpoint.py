@@ -11,9 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
 
 from sdft.atomic import remove, remove_leftovers
 from sdft.callbacks.after_step import AfterStep
@@ -22,10 +24,9 @@ from sdft.callbacks.retention import Retention
 from sdft.checkpoints import FOLDER, CheckpointFolder
 from sdft.configuration import Configuration, difference_table
 from sdft.interruption import Interrupted, Interruption
-from sdft.ranks import gathered
+from sdft.ranks import agreed, gathered
 from sdft.run import is_dry, run_folder, task_stream
-from sdft.seal import read_label, seal
-from sdft.sealed_io import PLACE, SealedIO
+from sdft.sealed_io import PLACE, SealedIO, seal_unsealed
 from sdft.seeding import random_states
 from sdft.student import StudentModule
 
@@ -129,8 +130,8 @@ class StageCheckpoint(AfterStep, Checkpoint):
             self._end(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Evaluation may end with the batch."""
-        self._rest(trainer, together=False)
+        """Evaluation may end with the batch, which all processes share."""
+        self._rest(trainer, together=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make up for a stage that was evaluated only now, after the run had ended meanwhile."""
@@ -177,7 +178,9 @@ class StageCheckpoint(AfterStep, Checkpoint):
         number = max(gathered(self._interruption.asked or 0))  # perhaps another process's
         self._interruption.pass_on(number)
         trainer.strategy.barrier("StageCheckpoint")  # the one that writes has written
-        raise Interrupted(number, trainer.global_step, self._saved)
+        own = getattr(trainer.strategy, "cluster_environment", None)
+        watched = isinstance(own, LightningEnvironment) and trainer.local_rank > 0
+        raise Interrupted(number, trainer.global_step, self._saved, watched)
 
     # ---------------------------------------------------------------- writing
 
@@ -185,13 +188,12 @@ class StageCheckpoint(AfterStep, Checkpoint):
         if is_dry(trainer):
             return None
         folder = CheckpointFolder(run_folder(trainer) / FOLDER)
-        temporary = folder.temporary(name)
+        temporary = agreed(folder.temporary(name))
         with _naming(folder.path / name, folder):
             try:
                 trainer.save_checkpoint(temporary, weights_only=False)
+                seal_unsealed(temporary, {"written": time.time_ns(), **_place(trainer)})
                 if trainer.is_global_zero:
-                    if read_label(temporary) is None:
-                        seal(temporary, {"written": time.time_ns(), **_place(trainer)})
                     folder.put(temporary, name, self.keep_last)
             except BaseException:
                 with suppress(OSError):
@@ -253,15 +255,25 @@ def _naming(path: Path, folder: CheckpointFolder) -> Iterator[None]:
     """Turn a failed write into an error that names what could not be written and what is whole."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # A disk that is full in the middle of a tensor is a RuntimeError of torch's own.
-        cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
-        if not isinstance(cause, OSError):
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = _cause(error)
+        if cause is None:
             raise
         found = folder.found()
         kept = f"; {found[0].path} and the reports so far are as they were" if found else ""
         told = f"cannot write the checkpoint: {cause.strerror or cause}{kept}"
         raise OSError(cause.errno or errno.EIO, told, str(path)) from error
+
+
+def _cause(error: BaseException) -> OSError | None:
+    """The system's own error behind one."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, CheckpointException):  # of several processes, by their ranks
+        return next(filter(None, (_cause(found) for found, _ in error.failures.values())), None)
+    # A disk that is full in the middle of a tensor is a RuntimeError of torch's own.
+    cause = error.__cause__ or error.__context__
+    return None if cause is None else _cause(cause)
 
 
 def _place(trainer: Trainer) -> dict[str, Any]:

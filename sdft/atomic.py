@@ -69,7 +69,7 @@ def atomic_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterat
                 with open(child, "rb") as file:
                     os.fsync(file.fileno())
         if replace and path.is_dir():
-            exchange(temporary, path)
+            _exchange(temporary, path)
         else:
             _rename(temporary, path)
     finally:
@@ -84,20 +84,16 @@ def _rename(temporary: Path, path: Path) -> None:
             raise
 
 
-def exchange(temporary: Path, path: Path) -> None:
-    """Put a folder in the place of another one, which is deleted.
-
-    These are two renames: no system call of Python's exchanges folders at once. The old one stays
-    under a temporary name in between.
-    """
-    aside = temporary_path(path)
+def _exchange(temporary: Path, path: Path) -> None:
+    """Two renames: no system call of Python's exchanges folders at once."""
+    aside = temporary.with_suffix(".old")
     os.rename(path, aside)
     try:
         os.rename(temporary, path)
     except OSError:
         os.rename(aside, path)
         raise
-    remove(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync_folder(path: Path) -> None:
@@ -122,7 +118,8 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
     A process calls it before it writes there itself. What a living one is writing stays.
     """
-    found = [path for path in folder.glob(".*.tmp") if _is_left_over(path)]
+    made = [*folder.glob(".*.tmp"), *folder.glob(".*.old")]
+    found = [path for path in made if _is_left_over(path)]
     for path in found:
         remove(path)
     return found

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdft.atomic import exchange, remove, sync_folder, temporary_path
-from sdft.seal import DamagedCheckpoint, check_content, is_folder_checkpoint, read_label
+from sdft.atomic import remove, sync_folder, temporary_path
+from sdft.folder_seal import DamagedCheckpoint, is_folder_checkpoint
+from sdft.ranks import agreed, rank
+from sdft.seal import check_content, read_label
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +23,9 @@ LAST = "last.ckpt"
 """Another name of the newest one."""
 AUTO = "auto"
 """What `--ckpt_path` is called by a command that both starts a run and goes on with it."""
-_STEP = re.compile(r"step-(\d+)\.ckpt")
+_STEP = re.compile(r"step-(\d+)(\.old)?\.ckpt")
 _STAGE = re.compile(r"stage-(\d+)-.+\.ckpt")
+_OLD = ".old.ckpt"  # how the name of a folder ends while another takes its place
 _WHOLE: set[tuple[tuple[str, int, int, int], ...]] = set()  # what this process has found whole
 
 
@@ -93,15 +96,18 @@ class CheckpointFolder:
                 known.setdefault((facts.st_dev, facts.st_ino), Checkpoint(path, label))
         return sorted(known.values(), key=lambda one: one.written, reverse=True)
 
-    def newest(self) -> Checkpoint:
+    def newest(self, verify: bool = True) -> Checkpoint:
         """The newest one that is whole; those that are newer and damaged are warned of.
+
+        Args:
+            verify: Look whether it is whole; the newest one of all otherwise.
 
         Raises:
             ValueError: There is none.
         """
         told: list[str] = []
         for one in self.found():
-            damage = one.damage()
+            damage = one.damage() if verify else None
             if damage is None:
                 for line in told:
                     log.warning("%s; taking the one before it: %s", line, one.path)
@@ -126,6 +132,9 @@ class CheckpointFolder:
         probe = temporary_path(self.path / "probe")
         probe.write_bytes(b"")
         probe.unlink()
+        for old in self.path.glob(f"*{_OLD}"):  # a kill came between two renames
+            if old.with_name(f"{old.name.removesuffix(_OLD)}.ckpt").exists():
+                remove(old)
 
     def temporary(self, name: str) -> Path:
         """A name to write the checkpoint under."""
@@ -140,10 +149,7 @@ class CheckpointFolder:
             keep_steps: How many step checkpoints stay; those of stages all do.
         """
         path = self.path / name
-        if path.is_dir() and not path.is_symlink():  # a folder cannot be replaced at once
-            exchange(temporary, path)
-        else:
-            os.replace(temporary, path)
+        replace_checkpoint(temporary, path)
         self._point(path)
         sync_folder(self.path)
         steps = [one for one in self.found() if one.is_step]
@@ -160,8 +166,26 @@ class CheckpointFolder:
         try:
             alias.symlink_to(path.name)
         except OSError:  # a file system without symbolic links
+            if path.is_dir():
+                return  # nor is there another name for a folder
             os.link(path, alias)
         os.replace(alias, last)
+
+
+def replace_checkpoint(temporary: Path, path: Path) -> None:
+    """Give a complete checkpoint its name, which may be another one's.
+
+    Args:
+        temporary: The file or folder.
+        path: Its name. A folder cannot be replaced at once: while another takes its place, its name
+            ends in `.old.ckpt`.
+    """
+    old = path.with_name(f"{path.stem}{_OLD}")
+    if path.exists() and (path.is_dir() or temporary.is_dir()):
+        remove(old)
+        os.rename(path, old)
+    os.replace(temporary, path)
+    remove(old)
 
 
 def _facts(path: Path) -> tuple[tuple[str, int, int, int], ...]:
@@ -188,13 +212,35 @@ def check_checkpoint(path: Path) -> None:
     raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {damage}; {offer}")
 
 
-def find_checkpoint(path: str, root: Path) -> Path:
+def agreed_checkpoint(path: Path) -> Path:
+    """The checkpoint that the first process has found, whole: a collective call.
+
+    The first one alone reads it to see that; an error is every process's.
+
+    Raises:
+        DamagedCheckpoint: It is not what was written.
+        FileNotFoundError: There is none.
+    """
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            check_checkpoint(path)
+        except (DamagedCheckpoint, OSError) as found:
+            error = found
+    path, error = agreed((path, error))
+    if error is not None:
+        raise error
+    return path
+
+
+def find_checkpoint(path: str, root: Path, verify: bool = True) -> Path:
     """The checkpoint that `--ckpt_path` means, whole.
 
     Args:
         path: A checkpoint; a run's folder or its `last.ckpt`: the newest one that is whole; `last`
             or `auto`: that of the newest run under `root`.
         root: `trainer.default_root_dir`.
+        verify: Look whether it is whole. One process of a run does, and loads it for all.
 
     Raises:
         ValueError: There is none, or it is damaged.
@@ -204,24 +250,25 @@ def find_checkpoint(path: str, root: Path) -> Path:
             runs = sorted(_runs(root), key=lambda run: run.found()[0].written)
             if not runs:
                 raise ValueError(f"no {FOLDER}/*.ckpt below {root}")
-            return runs[-1].newest().path
+            return runs[-1].newest(verify).path
         place = Path(path)
         if place.name == LAST and place.parent.is_dir():
-            return CheckpointFolder(place.parent).newest().path
+            return CheckpointFolder(place.parent).newest(verify).path
         if place.is_dir() and not is_folder_checkpoint(place):
             inner = place / FOLDER
-            return CheckpointFolder(inner if inner.is_dir() else place).newest().path
-        check_checkpoint(place)
+            return CheckpointFolder(inner if inner.is_dir() else place).newest(verify).path
+        if verify:
+            check_checkpoint(place)
         return place
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"--ckpt_path {path}: {error}") from error
 
 
-def start_of_run(path: str, root: Path) -> Path | None:
+def start_of_run(path: str, root: Path, verify: bool = True) -> Path | None:
     """The same, and None for `auto` where no run is there to go on from (see `find_checkpoint`)."""
     if path == AUTO and next(_runs(root), None) is None:
         return None
-    return find_checkpoint(path, root)
+    return find_checkpoint(path, root, verify)
 
 
 def _runs(root: Path) -> Iterator[CheckpointFolder]:

@@ -120,13 +120,13 @@ class SDFTCLI(LightningCLI):
         root = Path(config["trainer"]["default_root_dir"] or os.getcwd())
         check_writable(root)
         if config.get("ckpt_path"):
-            found = start_of_run(config["ckpt_path"], root)
+            found = start_of_run(config["ckpt_path"], root, verify=_is_first())
             config["ckpt_path"] = None if found is None else str(found)
         if config.get("weights_only") is None:
             config["weights_only"] = True
         if not config["weights_only"]:
             log.warning("weights_only is off: a checkpoint may run code of its own")
-        elif config.get("ckpt_path"):
+        elif config.get("ckpt_path") and _is_first():
             check_harmless(Path(config["ckpt_path"]))
         clip = config["trainer"]["gradient_clip_val"]
         if clip is not None and not clip >= 0:
@@ -192,7 +192,8 @@ def main(args: list[str] | None = None) -> int:
         _run_lightning(args)
         part_ways()
     except SIGTERMException as ended:
-        print(f"sdft: {farewell(ended, words)}", file=sys.stderr)
+        if _is_first():
+            print(f"sdft: {farewell(ended, words)}", file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else 128 + signal.SIGTERM
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK):
@@ -201,6 +202,11 @@ def main(args: list[str] | None = None) -> int:
         print(f"sdft: error: {told}\n(set {TRACEBACK}=1 for the traceback)", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_first() -> bool:
+    """Whether this is the process that speaks for all of its run, as far as is known already."""
+    return not getattr(rank_zero_only, "rank", None)
 
 
 def farewell(ended: SIGTERMException, words: Sequence[str]) -> str:
@@ -253,7 +259,7 @@ def _quiet() -> None:
         lambda record: "Tip: For seamless" not in record.getMessage()
     )
     transformers.utils.logging.disable_progress_bar()
-    if getattr(rank_zero_only, "rank", None):  # the first process says it for all
+    if not _is_first():
         logging.getLogger("sdft").setLevel(logging.ERROR)
 
 

@@ -53,6 +53,21 @@ class Configured:
         """For a checkpoint."""
         return asdict(self)
 
+    def check(self, then: Mapping[str, Any]) -> None:
+        """Make sure that this optimizer can use the other one's state.
+
+        Args:
+            then: `to_dict` of the run that wrote the checkpoint.
+
+        Raises:
+            ValueError: The checkpoint's state is another optimizer's.
+        """
+        if self.optimizer != then["optimizer"]:
+            raise ValueError(
+                f"the checkpoint belongs to the optimizer {then['optimizer']!r}, this run's is "
+                f"{self.optimizer!r}, which cannot use its state: resume with the former"
+            )
+
     def win(self, then: Mapping[str, Any], trainer: Trainer) -> None:
         """Set anew what this configuration says otherwise than the checkpoint's.
 
@@ -65,11 +80,7 @@ class Configured:
         """
         if self.to_dict() == then:
             return
-        if self.optimizer != then["optimizer"]:
-            raise ValueError(
-                f"the checkpoint belongs to the optimizer {then['optimizer']!r}, this run's is "
-                f"{self.optimizer!r}, which cannot use its state: resume with the former"
-            )
+        self.check(then)
         (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
         scheduler: Any = config.scheduler
         for name, value in _changed(self.schedule, then["schedule"]).items():

@@ -32,10 +32,14 @@ class Interrupted(SIGTERMException):
         number: The signal's.
         step: Optimizer steps made.
         checkpoint: What to go on from; None where nothing has been trained yet.
+        watched: Whether another process of the run watches this one, and kills all where its exit
+            status is not 0: so it is 0.
     """
 
-    def __init__(self, number: int, step: int, checkpoint: Path | None) -> None:
-        super().__init__(128 + number)
+    def __init__(
+        self, number: int, step: int, checkpoint: Path | None, watched: bool = False
+    ) -> None:
+        super().__init__(0 if watched else 128 + number)
         self.number = number
         self.step = step
         self.checkpoint = checkpoint

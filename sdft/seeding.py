@@ -33,7 +33,11 @@ def random_states() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     states: dict[str, Any] = {
         "python": list(random.getstate()),
-        "numpy": [str(kind), keys.tolist(), *rest],  # not a tensor: uint32 does not pickle
+        "numpy": [
+            str(kind),
+            np.asarray(keys).tolist(),
+            *rest,
+        ],  # not a tensor: uint32 does not pickle
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -315,6 +315,8 @@ class StudentModule(SharedSteps):
         check_identity(self.model, self.model_name, found)
         if self.fitting:
             check_training({"method": self.method, "penalty": self._penalty_label}, found)
+            if self.configured is not None and "configured" in checkpoint:
+                self.configured.check(checkpoint["configured"])  # as early as there is one
 
     @property
     def _penalty_label(self) -> str:

@@ -17,7 +17,8 @@ from sdft.checkpoints import (
     start_of_run,
 )
 from sdft.checkpoints_command import main
-from sdft.seal import DamagedCheckpoint, save_sealed, seal
+from sdft.folder_seal import DamagedCheckpoint, seal_folder
+from sdft.seal import save_sealed
 
 CLOCK = 1_000_000_000
 
@@ -40,7 +41,7 @@ def save_folder(run: Path, name: str, written: int) -> Path:
     temporary.mkdir()
     (temporary / ".metadata").write_bytes(b"index")
     (temporary / "__0_0.distcp").write_bytes(bytes(written))
-    seal(temporary, {"written": CLOCK + written})
+    seal_folder(temporary, {"written": CLOCK + written})
     return folder.put(temporary, name, 2)
 
 

@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdft.seal import (
-    FOLDER_SEAL,
-    DamagedCheckpoint,
-    check_content,
-    is_folder_checkpoint,
-    read_label,
-    save_sealed,
-    seal,
-)
+from sdft.folder_seal import FOLDER_SEAL, DamagedCheckpoint, is_folder_checkpoint, seal_folder
+from sdft.seal import check_content, read_label, save_sealed, seal
 
 CONTENT = {"weights": torch.arange(3000.0), "empty": torch.zeros(0), "plain": [1, 2.5, "x", None]}
 LABEL = {"step": 7, "task": "näme"}
@@ -98,7 +91,7 @@ def test_a_folder(tmp_path: Path) -> None:
     (folder / ".metadata").write_bytes(b"index")
     (folder / "sub" / "__0_0.distcp").write_bytes(bytes(5000))
     check_content(folder)  # one that Lightning wrote alone: nothing to compare it with
-    seal(folder, LABEL)
+    seal_folder(folder, LABEL)
     check_content(folder)
     assert is_folder_checkpoint(folder)
     assert read_label(folder) == LABEL
