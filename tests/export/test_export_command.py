@@ -247,7 +247,7 @@ def test_the_card_and_the_facts(run: Path, tmp_path: Path) -> None:
     digest = hashlib.sha256(last(run).read_bytes()).hexdigest()
     report = json.loads((run / "retention.json").read_text())
     assert facts["checkpoint"] == {
-        "path": "version_0/checkpoints/last.ckpt",
+        "path": "version_0/checkpoints/stage-2-two.ckpt",
         "sha256": digest,
         "step": 4,
         "steps_since_measured": 0,
