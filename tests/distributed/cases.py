@@ -39,7 +39,6 @@ from sdft.methods import (
     AnchorReplayModule,
     CPTModule,
     DFTModule,
-    OracleRAGModule,
     ReinvokeModule,
     SFTModule,
     SoftTargetModule,
@@ -252,13 +251,8 @@ ROUGH: dict[str, Any] = {
 }
 """A run whose noise is another for each shard: reproducible, but not that of one process."""
 
-UNTRAINED: dict[str, Any] = {
-    "module": other(OracleRAGModule),
-    "options": {"optimizer": torch.optim.AdamW},
-}
-"""A run without an update: its optimizer has no state."""
 
-ALL = CASES | REPLICATED | {"resumed": RESUMED, "rough": ROUGH, "untrained": UNTRAINED}
+ALL = CASES | REPLICATED | {"resumed": RESUMED, "rough": ROUGH}
 
 
 def case_callbacks(folder: Path, every_step: bool) -> list[Callback]:
