@@ -28,9 +28,22 @@ class ModelExport(Callback):
     def __init__(self, enabled: bool = True, adapters: bool = False) -> None:
         self.enabled = enabled
         self.adapters = adapters
+        self._done = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save student and tokenizer."""
+        self._save(trainer, pl_module)
+        self._done = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for a run that was resumed with nothing left to train, which gets no other hook.
+
+        It was killed between its last checkpoint and here.
+        """
+        if not self._done and trainer.current_epoch == trainer.max_epochs:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled or is_dry(trainer):
             return
         assert isinstance(pl_module, StudentModule)

@@ -93,6 +93,7 @@ class Retention(Callback):
             passes if ks else None,
         )
         self.rows: list[list[Cell]] = []
+        self.columns: list[str] = []
         self.steps: list[int | None] = []
         self.selector = Selector(selection_split)
 
@@ -109,12 +110,15 @@ class Retention(Callback):
             if not self._examples(data, task):
                 log.warning("%r has no %s or validation examples", task.name, self.split)
         self.selector.examined(data)
+        self._fit_columns([task.name for task in data.evaluated])
         # Resumed when nothing is left to train: none of the other hooks will come.
-        if len(self.rows) - 1 == trainer.max_epochs and self._select(trainer, pl_module):
+        if len(self.rows) - 1 == trainer.max_epochs:
+            self._select(trainer, pl_module)
             self._report(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The base row, or the rows that a resumed run still owes."""
+        self._fit_columns([task.name for task in task_stream(trainer).evaluated])
         if self.rows:
             self._report(trainer, pl_module)
         self._fill(trainer, pl_module, rows=trainer.current_epoch + 1)
@@ -131,6 +135,14 @@ class Retention(Callback):
         self._select(trainer, pl_module)
         self._report(trainer, pl_module)
 
+    def _fit_columns(self, names: list[str]) -> None:
+        """Bring a checkpoint's rows into the order of this run's columns."""
+        if self.columns and self.columns != names:
+            new = Cell(None, 0, error="not among the tasks and suites when this row was measured")
+            found = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+            self.rows = [[row.get(name, new) for name in names] for row in found]
+        self.columns = names
+
     # ---------------------------------------------------------------- what
 
     def _add_row(self, trainer: Trainer, module: LightningModule) -> None:
@@ -145,6 +157,7 @@ class Retention(Callback):
         row = list(self.rows[-1]) if self.rows else [Cell(None, 0)] * len(data.evaluated)
         module.phases.enter("evaluate")
         for task in changed:
+            module.rest_point(True)
             row[data.evaluated.index(task)] = self.evaluator.cell(
                 module,
                 task,
@@ -159,8 +172,8 @@ class Retention(Callback):
         if not data.from_base_each_task:
             self.selector.cells = {}  # of an earlier student
 
-    def _select(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Evaluate what is due on the selection split; whether there was anything."""
+    def _select(self, trainer: Trainer, module: LightningModule) -> None:
+        """Evaluate what is due on the selection split."""
         assert isinstance(module, StudentModule)
         data = task_stream(trainer)
         due = self.selector.due(data, len(self.rows) - 1, trainer.max_epochs)
@@ -168,7 +181,6 @@ class Retention(Callback):
             module.phases.enter("evaluate")
             self.selector.update(module, data, self.evaluator, self.limit, due)
             module.phases.enter("")
-        return bool(due)
 
     def _examples(self, data: ContinualDataModule, task: Task) -> list[Encoded]:
         found = data.encoded(task, self.split) or data.encoded(task, "validation")
@@ -209,6 +221,7 @@ class Retention(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What has been measured so far, as plain values."""
         return {
+            "columns": self.columns,
             "rows": [[cell.to_dict() for cell in row] for row in self.rows],
             "steps": list(self.steps),
             "base": self.base.state_dict(),
@@ -219,6 +232,7 @@ class Retention(Callback):
         """Continue with the rows of the checkpoint."""
         self.rows = [[Cell.from_dict(cell) for cell in row] for row in state_dict["rows"]]
         # What follows is missing from the checkpoints of older versions.
+        self.columns = list(state_dict.get("columns", []))
         self.steps = list(state_dict.get("steps", [None] * len(self.rows)))
         for part, keeper in (("base", self.base), ("selection", self.selector)):
             if part in state_dict:

@@ -37,6 +37,12 @@ class Samples(Callback):
         if count < 0:
             raise ValueError(f"samples.count must be 0 or more, found {count}")
         self.count = count
+        self._stages: int | None = 0  # done; None for a checkpoint that does not tell
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The samples that a resumed run still owes."""
+        if self._stages is not None and trainer.current_epoch > self._stages:
+            self._sample(trainer, pl_module, trainer.current_epoch - 1)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what cannot be sampled, before anything is trained."""
@@ -44,11 +50,30 @@ class Samples(Callback):
             raise ValueError("samples.count must be 0 with FSDPStrategy")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The samples of the stage that has just ended."""
+        self._sample(trainer, pl_module, trainer.current_epoch)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Expect to be told; older checkpoints do not."""
+        self._stages = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many stages have their samples."""
+        return {"stages": self._stages}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after them."""
+        self._stages = state_dict["stages"]
+
+    def _sample(self, trainer: Trainer, pl_module: LightningModule, stage: int) -> None:
         """Sample, score, write."""
+        self._stages = stage + 1
         if self.count == 0:
             return
         assert isinstance(pl_module, StudentModule)
-        records = self.records(trainer, pl_module)
+        records = self.records(trainer, pl_module, stage)
         if not trainer.is_global_zero or is_dry(trainer):
             return
         path = run_folder(trainer) / "samples.jsonl"
@@ -60,10 +85,9 @@ class Samples(Callback):
             trainer.logger.experiment.add_text("samples", text, trainer.global_step)
 
     @torch.no_grad()
-    def records(self, trainer: Trainer, module: StudentModule) -> list[dict[str, Any]]:
+    def records(self, trainer: Trainer, module: StudentModule, stage: int) -> list[dict[str, Any]]:
         """The samples of the stage that has just ended."""
         data = task_stream(trainer)
-        stage = trainer.current_epoch
         task = data.tasks[stage]
         batch = collate(data.encoded(task, "train")[: self.count])
         # A seed of its own, so that looking never changes what is trained.

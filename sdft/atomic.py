@@ -6,11 +6,16 @@ A run may be killed at any moment, and a reader may look at any moment.
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_SILENT = 3600.0  # seconds after which a temporary name that nobody writes to is left over
 
 
 @contextmanager
@@ -24,13 +29,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: The folder is missing or not writable, or the disk is full.
     """
     path = Path(path)
-    # Not `mkstemp`: its files are private to the user, and would stay so under the final name.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
@@ -55,7 +60,7 @@ def atomic_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterat
         OSError: The parent folder is missing or not writable, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_path(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -89,3 +94,68 @@ def _exchange(temporary: Path, path: Path) -> None:
         os.rename(aside, path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the disk know the names in a folder; where a system cannot, nothing happens."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that says which process made it, for `remove_leftovers`."""
+    # Not `mkstemp`: its files are private to the user, and would stay so under the final name.
+    mark = f"{_node()}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
+    return path.with_name(f".{path.name}.{mark}.tmp")
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove the temporary files and folders that killed processes have left; returns them.
+
+    A process calls it before it writes there itself. What a living one is writing stays.
+    """
+    made = [*folder.glob(".*.tmp"), *folder.glob(".*.old")]
+    found = [path for path in made if _is_left_over(path)]
+    for path in found:
+        remove(path)
+    return found
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_left_over(path: Path) -> bool:
+    *_, node, process, _, _ = [*[""] * 3, *path.name.split(".")]
+    if node == _node() and process.isdecimal() and not _works(int(process)):
+        return True
+    try:
+        touched = max(own.stat().st_mtime for own in (path, *path.rglob("*")))
+    except OSError:  # gone meanwhile
+        return False
+    return time.time() - touched > _SILENT
+
+
+def _works(process: int) -> bool:
+    """Whether it is another living process; in containers numbers come again."""
+    if process == os.getpid() or os.name == "nt":
+        return os.name == "nt"
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _node() -> str:
+    return re.sub(r"[^\w-]", "-", platform.node())

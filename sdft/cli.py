@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import signal
 import sys
 import warnings
-import zipfile
+from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
+import yaml
 from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -45,8 +48,11 @@ from sdft.callbacks import (
 )
 from sdft.callbacks.review import ReviewStop
 from sdft.checkpoint_reader import check_harmless
+from sdft.checkpoints import find_checkpoint, start_of_run
+from sdft.configuration import Configuration
 from sdft.data import ContinualDataModule
 from sdft.guard import GuardStop
+from sdft.interruption import Interrupted
 from sdft.messages import check_yaml, clear_message
 from sdft.module import SDFTModule
 from sdft.ranks import part_ways
@@ -60,6 +66,7 @@ TRACEBACK = "SDFT_TRACEBACK"
 
 COMMANDS: dict[str, str] = {
     "budget": "sdft.budget_command",
+    "checkpoints": "sdft.checkpoints_command",
     "compare": "sdft.comparison.command",
     "export": "sdft.export.command",
     "generate": "sdft.generate_command",
@@ -121,12 +128,13 @@ class SDFTCLI(LightningCLI):
         root = Path(config["trainer"]["default_root_dir"] or os.getcwd())
         check_writable(root)
         if config.get("ckpt_path"):
-            config["ckpt_path"] = str(find_checkpoint(config["ckpt_path"], root))
+            found = start_of_run(config["ckpt_path"], root, verify=_is_first())
+            config["ckpt_path"] = None if found is None else str(found)
         if config.get("weights_only") is None:
             config["weights_only"] = True
         if not config["weights_only"]:
             log.warning("weights_only is off: a checkpoint may run code of its own")
-        elif config.get("ckpt_path"):
+        elif config.get("ckpt_path") and _is_first():
             check_harmless(Path(config["ckpt_path"]))
         clip = config["trainer"]["gradient_clip_val"]
         if clip is not None and not clip >= 0:
@@ -143,7 +151,12 @@ class SDFTCLI(LightningCLI):
         if config["logger"] in (None, True):
             root = config["default_root_dir"] or os.getcwd()
             kwargs["logger"] = TensorBoardLogger(root, default_hp_metric=False)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        tree = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand]))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StageCheckpoint):
+                callback.command = Configuration.of_command(tree)
+        return trainer
 
 
 def check_writable(root: Path) -> None:
@@ -161,40 +174,6 @@ def check_writable(root: Path) -> None:
         raise ValueError(
             f"cannot write to trainer.default_root_dir {str(root)!r}: {error.strerror or error}"
         ) from error
-
-
-def find_checkpoint(path: str, root: Path) -> Path:
-    """The checkpoint file that `--ckpt_path` means.
-
-    Args:
-        path: A file, a run's folder (its `checkpoints/last.ckpt`), or `last`: the newest run's
-            under `root`.
-        root: `trainer.default_root_dir`.
-
-    Raises:
-        ValueError: There is none, or it is damaged.
-    """
-    file = _resolve_checkpoint(path, root)
-    if file.is_file() and not zipfile.is_zipfile(file):
-        raise ValueError(
-            f"--ckpt_path {path!r}: {file} is damaged or no checkpoint (its archive has no end): "
-            "take an earlier one of the same folder"
-        )
-    return file
-
-
-def _resolve_checkpoint(path: str, root: Path) -> Path:
-    if path == "last":
-        found = sorted(root.rglob("checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise ValueError(f"--ckpt_path last: no checkpoints/last.ckpt below {root}")
-        return found[-1]
-    file = Path(path)
-    if file.is_dir() and (file / "checkpoints" / "last.ckpt").exists():
-        return file / "checkpoints" / "last.ckpt"
-    if not file.exists():
-        raise ValueError(f"--ckpt_path {path!r} does not exist")
-    return file
 
 
 def config_files(args: list[str]) -> list[Path]:
@@ -224,9 +203,10 @@ def main(args: list[str] | None = None) -> int:
             return int(import_module(COMMANDS[words[0]]).main(words[1:]))
         _run_lightning(None if args is None and words == sys.argv[1:] else words)
         part_ways()
-    except SIGTERMException:
-        print("sdft: terminated; go on with --ckpt_path last", file=sys.stderr)
-        return 143  # 128 + SIGTERM, as a shell says it
+    except SIGTERMException as ended:
+        if _is_first():
+            print(f"sdft: {farewell(ended, words)}", file=sys.stderr)
+        return ended.code if isinstance(ended.code, int) else 128 + signal.SIGTERM
     except (GuardStop, ReviewStop) as stop:
         print(f"sdft: {stop}", file=sys.stderr)
         return 3
@@ -237,6 +217,31 @@ def main(args: list[str] | None = None) -> int:
         print(f"sdft: error: {told}\n(set {TRACEBACK}=1 for the traceback)", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_first() -> bool:
+    """Whether this is the process that speaks for all of its run, as far as is known already."""
+    return not getattr(rank_zero_only, "rank", None)
+
+
+def farewell(ended: SIGTERMException, words: Sequence[str]) -> str:
+    """What a run says that a signal has ended, with the command that goes on.
+
+    Args:
+        ended: What has ended it.
+        words: Its command line.
+    """
+    if not isinstance(ended, Interrupted):
+        return "terminated; go on with --ckpt_path last"
+    if ended.checkpoint is None:
+        return f"{ended}: start it again"
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != "--ckpt_path" and not word.startswith("--ckpt_path="):
+            kept.append(word)
+        skip = word == "--ckpt_path"
+    command = ["python", "-m", "sdft", *kept, "--ckpt_path", str(ended.checkpoint)]
+    return f"{ended}; go on with\n  {shlex.join(command)}"
 
 
 def _run_lightning(args: list[str] | None) -> None:
@@ -269,8 +274,8 @@ def _quiet() -> None:
         lambda record: "Tip: For seamless" not in record.getMessage()
     )
     transformers.utils.logging.disable_progress_bar()
-    if getattr(rank_zero_only, "rank", None):  # the first process says it for all
+    if not _is_first():
         logging.getLogger("sdft").setLevel(logging.ERROR)
 
 
-__all__ = ["SDFTCLI", "SDFTModule", "main"]
+__all__ = ["SDFTCLI", "SDFTModule", "find_checkpoint", "main"]

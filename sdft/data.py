@@ -277,6 +277,11 @@ class ContinualDataModule(LightningDataModule):
         assert self._loader is not None, "no stage is under way"
         self._loader.end()
 
+    @property
+    def stage_ended(self) -> bool:
+        """Whether the stage under way ends before its last batch."""
+        return self._loader is not None and self._loader.ended
+
     def val_dataloader(self) -> list[Any]:
         """In `fit` every task, in `validate` every suite too: those with a validation split."""
         assert self.trainer is not None
@@ -300,19 +305,23 @@ class ContinualDataModule(LightningDataModule):
     # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The sequence that a checkpoint belongs to."""
+        """The sequence that a checkpoint belongs to, and the stage that it was written in."""
+        assert self.trainer is not None
         names = {"tasks": [task.name for task in self.tasks]}
-        return {**names, "suites": [suite.name for suite in self.suites]}
+        names["suites"] = [suite.name for suite in self.suites]
+        return {**names, "stage": self.trainer.current_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another sequence.
+        """Refuse a checkpoint of another sequence; tasks that are still to come may differ.
 
         Raises:
-            ValueError: Its tasks are not this run's.
+            ValueError: Up to the checkpoint's stage, its tasks are not this run's.
         """
-        names = [task.name for task in self.tasks]
-        if state_dict["tasks"] != names:
+        names, found = [task.name for task in self.tasks], state_dict["tasks"]
+        begun = state_dict.get("stage", max(len(found), len(names))) + 1
+        if found[:begun] != names[:begun]:
             raise ValueError(
-                f"the checkpoint belongs to the task sequence {state_dict['tasks']}, this run's is "
-                f"{names}: resume with the configuration that made it"
+                f"the checkpoint belongs to the task sequence {found} and was written in stage "
+                f"{min(begun, len(found))}; this run's is {names}: only tasks after that stage may "
+                "differ"
             )

@@ -113,3 +113,17 @@ class AdamWBF16(Optimizer):
         values.mul_(1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] / (1 - first_beta**step)
         values.add_(first.div_(denominator).to(values.dtype), alpha=-rate)
+
+
+def check_rates(optimizer: Optimizer, clip: float | None) -> None:
+    """Check the learning rates and the gradient's clipping.
+
+    Raises:
+        ValueError: One of them is no finite number, or below 0.
+    """
+    for group in optimizer.param_groups:
+        rate = float(group["lr"])
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(f"the optimizer's lr must be a finite number, 0 or more, found {rate}")
+    if clip is not None and not clip >= 0:  # NaN, too
+        raise ValueError(f"trainer.gradient_clip_val must be 0 or more, found {clip}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, cast
@@ -41,8 +41,11 @@ class Respondent(LightningModule):
         source: Where model and tokenizer come from.
         template: The teacher's last user turn.
         chat_template_kwargs: Passed to the chat template of both prompts.
+        rest_point: Called where a run may end that was asked to: after every rollout, and with true
+            where all processes call it together.
     """
 
+    rest_point: Callable[[bool], None] = staticmethod(lambda together: None)
     engine: RolloutEngine
     greedy: Sampling
     source: ModelSource
@@ -114,6 +117,7 @@ class Respondent(LightningModule):
             read, drawn = [len(prompt) for prompt in prompts], rollout.lengths_B.tolist()
             flops = ModelFlops.of(model).sampling(read, drawn)
             self.phases.count(sum(read) + sum(drawn), flops)
+        self.rest_point(False)
         return rollout
 
     def logits(

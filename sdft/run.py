@@ -76,6 +76,17 @@ def end_stage(trainer: Trainer) -> None:
         lightning.val_check_batch = batches
 
 
+def begin_after_restart(trainer: Trainer) -> None:
+    """Have the next stage begin as any other, in a run resumed from a stage's last batch.
+
+    Lightning takes that stage for one that goes on, and would not count the next one as begun: a
+    checkpoint of it could not be resumed from.
+    """
+    progress = cast(Any, trainer.fit_loop.epoch_progress.current)
+    if progress.processed == progress.ready:
+        trainer.fit_loop.reset_restart_stage()
+
+
 def is_logged(trainer: Trainer, step: int) -> bool:
     """Whether the logger gets an entry at the end of this optimizer step, counted from 1."""
     every = int(cast(Any, trainer).log_every_n_steps)  # 0: never

@@ -56,6 +56,10 @@ class StageSchedule(LRScheduler):
         self.stage_steps = [[s] if isinstance(s, int) else list(s) for s in stage_steps]
         self._set_rates()
 
+    def refresh(self) -> None:
+        """Set the rates of the present step anew, after a setting was changed."""
+        self._set_rates()
+
     def _set_rates(self) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate

@@ -10,7 +10,7 @@ import io
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ INDEX = ".metadata"
 FACTS = "meta.pt"
 """What Lightning keeps beside the shards: everything but weights and optimizer."""
 
+_OPTIMIZER = "optimizer_"
 _METADATA = "torch.distributed.checkpoint.metadata"
 _CLASSES = {
     _METADATA: (
@@ -114,6 +115,75 @@ def read_tensors(folder: Path, root: str) -> dict[str, Tensor]:
     return {name.removeprefix(root): tensor for name, tensor in tensors.items()}
 
 
+def read_whole(folder: Path) -> dict[str, Any]:
+    """All of a sharded checkpoint, as one process would have written it: parameters by number.
+
+    Raises:
+        UnpicklingError: The checkpoint would run code.
+        Exception: Whatever torch raises where shards are missing or damaged.
+    """
+    content: dict[str, Any] = torch.load(folder / FACTS, map_location="cpu", weights_only=True)
+    roots = {str(path[0]) for path in _paths(read_index(folder)).values()}
+    count = sum(root.startswith(_OPTIMIZER) for root in roots)
+    content["state_dict"] = read_tensors(folder, "state_dict.")
+    content["optimizer_states"] = [_numbered(read_optimizer(folder, n)) for n in range(count)]
+    return content
+
+
+def read_optimizer(folder: Path, number: int, tensors: bool = True) -> dict[str, Any]:
+    """The state of one optimizer, by the names of its parameters.
+
+    Args:
+        folder: The checkpoint.
+        number: Which optimizer, from 0.
+        tensors: Read moments, too; None stands for them otherwise.
+
+    Raises:
+        UnpicklingError: The checkpoint would run code.
+        Exception: Whatever torch raises where shards are missing or damaged.
+    """
+    index, root = read_index(folder), f"{_OPTIMIZER}{number}"
+    values: dict[str, Any] = read_tensors(folder, f"{root}.") if tensors else {}
+    plain = [name for name in _plain(index) if name.startswith(f"{root}.")]
+    for name, record in _records(folder, index, plain):
+        value = torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
+        values[name.removeprefix(f"{root}.")] = value
+    state: dict[str, dict[str, Any]] = {}
+    groups: dict[int, dict[str, Any]] = {}
+    for name, path in _paths(index).items():
+        if path[0] == root and len(path) == 4:
+            of = state if path[1] == "state" else groups
+            own = cast(dict[Any, dict[str, Any]], of).setdefault(path[2], {})
+            own[str(path[3])] = values.get(name.removeprefix(f"{root}."))
+    return {"state": state, "param_groups": [groups[place] for place in sorted(groups)]}
+
+
+def renamed(state: dict[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state under other names of its parameters; those it does not know stay."""
+    groups = [
+        {**group, "params": [names.get(name, name) for name in group["params"]]}
+        for group in state["param_groups"]
+    ]
+    kept = {names.get(name, name): value for name, value in state["state"].items()}
+    return {"state": kept, "param_groups": groups}
+
+
+def _numbered(state: dict[str, Any]) -> dict[str, Any]:
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    return renamed(state, {name: number for number, name in enumerate(names)})
+
+
+def _paths(index: Metadata) -> dict[str, tuple[str | int, ...]]:
+    """Where each entry stood in the dictionaries that were saved."""
+    return cast(dict[str, tuple[str | int, ...]], index.planner_data or {})
+
+
+def _plain(index: Metadata) -> list[str]:
+    """The entries that are no tensors."""
+    found = index.state_dict_metadata.items()
+    return [name for name, meta in found if isinstance(meta, BytesStorageMetadata)]
+
+
 def check_values(folder: Path) -> None:
     """Read everything that is no tensor, as plain values: what torch would unpickle on resuming.
 
@@ -121,12 +191,7 @@ def check_values(folder: Path) -> None:
         UnpicklingError: Something there would run code.
     """
     index = read_index(folder)
-    plain = [
-        name
-        for name, meta in index.state_dict_metadata.items()
-        if isinstance(meta, BytesStorageMetadata)
-    ]
-    for record in _records(folder, index, plain):
+    for _, record in _records(folder, index, _plain(index)):
         torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
 
 
@@ -136,13 +201,13 @@ def check_records(folder: Path, index: Metadata, names: Iterable[str]) -> None:
     Raises:
         ValueError: One is damaged.
     """
-    for record in _records(folder, index, names):
+    for _, record in _records(folder, index, names):
         with zipfile.ZipFile(io.BytesIO(record)) as archive:
             if archive.testzip() is not None:
                 raise ValueError("a shard does not fit its checksum")
 
 
-def _records(folder: Path, index: Metadata, names: Iterable[str]) -> Iterator[bytes]:
+def _records(folder: Path, index: Metadata, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     wanted = set(names)
     for key, place in index.storage_data.items():
         if key.fqn not in wanted:
@@ -151,7 +216,7 @@ def _records(folder: Path, index: Metadata, names: Iterable[str]) -> Iterator[by
             raise ValueError("its shards are compressed, which is not supported")
         with open(folder / place.relative_path, "rb") as file:
             file.seek(place.offset)
-            yield file.read(place.length)
+            yield key.fqn, file.read(place.length)
 
 
 class _IndexUnpickler(pickle.Unpickler):

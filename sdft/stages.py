@@ -106,12 +106,34 @@ class StageLoader(Generic[ItemT, BatchT]):
         """Hand out no further batch: the stage ends early."""
         self._ended = True
 
+    @property
+    def ended(self) -> bool:
+        """Whether the stage ends before its last batch."""
+        return self._ended
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: its stage and the batches handed out."""
-        return {"stage": self.stage, "yielded": self._yielded, "ended": self._ended}
+        """Where the loader stands: its stage, the batches handed out and how many there are."""
+        return {
+            "stage": self.stage,
+            "yielded": self._yielded,
+            "ended": self._ended,
+            "batches": len(self.batches),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batches that were handed out, if the state is this stage's."""
+        """Continue after the batches that were handed out, if the state is this stage's.
+
+        Raises:
+            ValueError: The stage had more batches, and this many are already done.
+        """
         same = state["stage"] == self.stage
-        self._start = self._yielded = state["yielded"] if same else 0
-        self._ended = same and bool(state.get("ended", False))
+        done, before = state["yielded"] if same else 0, state.get("batches", len(self.batches))
+        ended = same and bool(state.get("ended", False))
+        if done >= len(self.batches) and done < before and not ended:
+            raise ValueError(
+                f"the checkpoint stands after batch {done} of stage {self.stage + 1}, which had "
+                f"{before} and now has {len(self.batches)}: give it more than {done} (data.steps, "
+                "data.epochs), or go on from the end of an earlier stage"
+            )
+        self._start = self._yielded = done
+        self._ended = ended

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sdft.atomic import temporary_path
 from sdft.checkpoint_reader import check_harmless
+from sdft.checkpoints import agreed_checkpoint, replace_checkpoint
+from sdft.folder_seal import seal_folder
+from sdft.sealed_io import label_of
+from sdft.shard_reader import FACTS, read_optimizer, renamed
 
 MINUTES = 10.0
 _ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
@@ -98,26 +102,52 @@ class ShardedStrategy(ModelParallelStrategy):
         if self.global_rank > 0:
             return {}
         names = [name for group in state["param_groups"] for name in group["params"]]
-        return _renamed(state, {name: number for number, name in enumerate(names)})
+        return renamed(state, {name: number for number, name in enumerate(names)})
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write; a folder, too, is sealed and under a temporary name until it is complete.
+
+        Raises:
+            OSError: It cannot be written.
+            CheckpointException: The same, in the words of torch.
+        """
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path, label = Path(self.broadcast(filepath)), label_of(checkpoint)
+        if path.suffix == ".tmp":  # somebody else renames it
+            super().save_checkpoint(checkpoint, path, storage_options)
+            seal_folder(path, label)
+            return
+        temporary = self.broadcast(temporary_path(path))
+        super().save_checkpoint(checkpoint, temporary, storage_options)
+        seal_folder(temporary, label)
+        if self.is_global_zero:
+            replace_checkpoint(temporary, path)
+        self.barrier()
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load, once it is clear that the checkpoint is one of this model.
+        """Load, once it is clear that the checkpoint is whole and one of this model.
 
         Raises:
-            ValueError: See `StudentModule.check_checkpoint`, and `check_harmless`.
+            ValueError: See `StudentModule.check_checkpoint`, `check_checkpoint` and
+                `check_harmless`.
         """
-        path = Path(self.broadcast(checkpoint_path))
+        path = agreed_checkpoint(Path(checkpoint_path))
         if weights_only is not False:
             check_harmless(path)
-        if not path.is_file():
-            return super().load_checkpoint(path, weights_only)
         # Weights are loaded before the module hears of it.
-        found = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        facts = path if path.is_file() else path / FACTS
+        found = torch.load(facts, mmap=True, map_location="cpu", weights_only=weights_only)
         check = getattr(self.lightning_module, "check_checkpoint", None)
         if check is not None:
             check(found)
+        if not path.is_file():
+            return self._load_folder(path, weights_only)
         # Lightning takes numbers for those of all parameters, frozen ones included.
         optimizers, self.optimizers = self.optimizers, []
         try:
@@ -128,6 +158,20 @@ class ShardedStrategy(ModelParallelStrategy):
             self._load_optimizer(optimizer, state)
         return checkpoint
 
+    def _load_folder(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        # Of an optimizer that has not stepped yet, torch would ask for moments that are not there.
+        held = self.optimizers
+        states = [read_optimizer(path, number, tensors=False) for number in range(len(held))]
+        self.optimizers = [one for one, own in zip(held, states, strict=True) if own["state"]]
+        try:
+            checkpoint = super().load_checkpoint(path, weights_only)
+        finally:
+            self.optimizers = held
+        for optimizer, state in zip(held, states, strict=True):
+            if not state["state"]:
+                self._load_optimizer(optimizer, state)
+        return checkpoint
+
     def _load_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         assert self.model is not None
         if not state["state"]:  # nothing to deal out; torch would make up moments
@@ -136,7 +180,7 @@ class ShardedStrategy(ModelParallelStrategy):
             return
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         held = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        named = _renamed(state, dict(enumerate(held)))
+        named = renamed(state, dict(enumerate(held)))
         set_optimizer_state_dict(self.model, optimizer, named, options=_options(broadcast=True))
 
 
@@ -178,14 +222,19 @@ class FlatShardedStrategy(FSDPStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load, once it is clear that the checkpoint runs no code.
+        """Load, once it is clear that the checkpoint is whole and runs no code.
 
         Raises:
-            ValueError: See `check_harmless`.
+            ValueError: See `check_checkpoint` and `check_harmless`, or a folder.
         """
-        path = Path(self.broadcast(checkpoint_path))
+        path = agreed_checkpoint(Path(checkpoint_path))
         if weights_only is not False:
             check_harmless(path)
+        if path.is_dir():
+            raise ValueError(
+                f"{path} is a sharded checkpoint, which FSDP1 cannot read: go on with "
+                "configs/fsdp.yaml, with configs/ddp.yaml, or in one process"
+            )
         return super().load_checkpoint(path, weights_only)
 
 
@@ -198,16 +247,6 @@ def _options(broadcast: bool = False) -> StateDictOptions:
     return StateDictOptions(
         full_state_dict=True, cpu_offload=not broadcast, broadcast_from_rank0=broadcast
     )
-
-
-def _renamed(state: dict[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state under other names of its parameters; those it does not know stay."""
-    groups = [
-        {**group, "params": [names.get(name, name) for name in group["params"]]}
-        for group in state["param_groups"]
-    ]
-    kept = {names.get(name, name): value for name, value in state["state"].items()}
-    return {"state": kept, "param_groups": groups}
 
 
 def _timeout(minutes: float) -> timedelta:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -15,17 +14,18 @@ from transformers import PreTrainedModel
 
 from sdft.adapter_training import AdapterTraining
 from sdft.batch import Batch, Origin, counted
+from sdft.configured import Configured
 from sdft.decode import DecodeEngine
 from sdft.flat_sharding import is_flat
 from sdft.lora import LoRA
 from sdft.losses import sequence_mean, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
-from sdft.optim import fuse_on_cpu
+from sdft.optim import check_rates, fuse_on_cpu
 from sdft.penalties import Penalty
 from sdft.placement import spread
 from sdft.prompts import Sees, TeacherTemplate
 from sdft.rollout import Rollout, RolloutEngine, Sampling
-from sdft.run import task_stream
+from sdft.run import begin_after_restart, task_stream
 from sdft.schedule import StageSchedule
 from sdft.shared_steps import SharedSteps
 from sdft.weights import (
@@ -128,6 +128,8 @@ class StudentModule(SharedSteps):
         # Not a submodule: the base is neither trained, sharded nor checkpointed.
         self._base: list[PreTrainedModel] = []
         self._restored: dict[str, dict[str, Tensor]] = {}
+        self.configured: Configured | None = None
+        self._configured_then: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- models and prompts
 
@@ -189,13 +191,12 @@ class StudentModule(SharedSteps):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over the student's parameters alone, and its schedule."""
         optimizer = self.optimizer(p for p in self.model.parameters() if p.requires_grad)
-        for group in optimizer.param_groups:
-            _check_rate(float(group["lr"]))
+        check_rates(optimizer, self.trainer.gradient_clip_val)
         fuse_on_cpu(optimizer)
-        _check_clipping(self.trainer.gradient_clip_val)
         scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, StageSchedule):
             scheduler.plan(task_stream(self.trainer).schedule_parts())
+        self.configured = Configured.of(optimizer, scheduler)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
@@ -212,6 +213,13 @@ class StudentModule(SharedSteps):
                 kept.load_state_dict(self._restored.pop(name), strict=self.strict_loading)
         if self.penalty is not None:
             self.penalty.check(task_stream(self.trainer))
+
+    def on_train_start(self) -> None:
+        """Have this run's settings of optimizer and schedule win over a checkpoint's."""
+        begin_after_restart(self.trainer)
+        then, self._configured_then = self._configured_then, None
+        if then is not None and self.configured is not None:
+            self.configured.win(then, self.trainer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed this batch; begin a stage with its first one."""
@@ -290,6 +298,8 @@ class StudentModule(SharedSteps):
         """Record which model and method the checkpoint belongs to."""
         names = {"method": self.method, "model": self.model_name, "penalty": self._penalty_label}
         checkpoint["sdft"] = {**identity(self.model), **names}
+        if self.configured is not None:
+            checkpoint["configured"] = self.configured.to_dict()
         self.adapters.on_save(checkpoint, ("student", *self.copies))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -302,6 +312,7 @@ class StudentModule(SharedSteps):
         self.check_checkpoint(checkpoint)
         if "state_dict" in checkpoint:  # a sharded model has taken its weights already
             self._restored = split_copies(checkpoint["state_dict"], self.state_dict().keys())
+        self._configured_then = checkpoint.get("configured") if self.fitting else None
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or method (see `on_load_checkpoint`)."""
@@ -313,17 +324,9 @@ class StudentModule(SharedSteps):
         check_identity(self.model, self.model_name, found)
         if self.fitting:
             check_training({"method": self.method, "penalty": self._penalty_label}, found)
+            if self.configured is not None and "configured" in checkpoint:
+                self.configured.check(checkpoint["configured"])  # as early as there is one
 
     @property
     def _penalty_label(self) -> str:
         return "" if self.penalty is None else self.penalty.label
-
-
-def _check_rate(rate: float) -> None:
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(f"the optimizer's lr must be a finite number, 0 or more, found {rate}")
-
-
-def _check_clipping(value: float | None) -> None:
-    if value is not None and not value >= 0:  # NaN, too
-        raise ValueError(f"trainer.gradient_clip_val must be 0 or more, found {value}")

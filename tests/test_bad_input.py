@@ -117,8 +117,8 @@ def test_the_unbroken_run_works(config: dict[str, Any]) -> None:
             "no task or suite has validation examples",
         ),
         (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val must be 0 or more"),
-        (["--ckpt_path", "nope.ckpt"], "--ckpt_path 'nope.ckpt' does not exist"),
-        (["--ckpt_path", "last"], "--ckpt_path last: no checkpoints/last.ckpt below out"),
+        (["--ckpt_path", "nope.ckpt"], "--ckpt_path nope.ckpt: there is no checkpoint nope.ckpt"),
+        (["--ckpt_path", "last"], "--ckpt_path last: no checkpoints/*.ckpt below out"),
         (["--trainer.default_root_dir", "config.yaml"], "cannot write to trainer.default_root_dir"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -220,9 +220,12 @@ def test_a_damaged_checkpoint(config: dict[str, Any], capsys: pytest.CaptureFixt
     assert run(config, "--ckpt_path", "half.ckpt") == 2
     assert "half.ckpt is damaged" in error(capsys)
     whole.write_bytes(Path("half.ckpt").read_bytes())
-    for name in ("last", str(whole.parent.parent)):
-        assert run(config, "--ckpt_path", name) == 2
-        assert "last.ckpt is damaged" in error(capsys)
+    for name in ("last", str(whole.parent.parent), str(whole)):
+        assert run(config, "--ckpt_path", name) == 0, "the one before it is whole"
+        assert "no settings differ" in capsys.readouterr().out
+    (before,) = whole.parent.glob("step-*.ckpt")
+    assert run(config, "--ckpt_path", str(whole.parent / whole.readlink())) == 2
+    assert f"take the one before it: {before}" in error(capsys)
 
 
 def test_a_checkpoint_of_another_model_or_task_list(

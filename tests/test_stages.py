@@ -130,7 +130,7 @@ def test_an_ended_loader_yields_nothing_more(stop: int) -> None:
     assert len(collated) == stop, "no batch was made that is not handed out"
     assert len(first) == 4
     state = first.state_dict()
-    assert state == {"stage": 0, "yielded": stop, "ended": True}
+    assert state == {"stage": 0, "yielded": stop, "ended": True, "batches": 4}
     second = loader()
     second.load_state_dict(state)
     assert second.state_dict() == state

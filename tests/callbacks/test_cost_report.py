@@ -121,7 +121,7 @@ def test_writing_a_checkpoint_belongs_to_no_phase(
 
     monkeypatch.setattr(Trainer, "save_checkpoint", save)
     fit(callbacks=[CostReport()])
-    assert phases == [""] * 6
+    assert phases == [""] * 8  # every step of six, and two stages
 
 
 def test_what_begins_a_stage_is_preparation(fit: Fit, model_dir: Path) -> None:

@@ -46,17 +46,26 @@ def test_checkpoints_load_without_pickle_and_know_their_place(fit: Fit) -> None:
             "penalty": "",
         }
         assert "hyper_parameters" not in found, "they would override the configuration on resume"
-    assert steps == {"stage-1-first.ckpt": 3, "stage-2-second.ckpt": 6, "last.ckpt": 6}
+    assert steps == {
+        "step-5.ckpt": 5,
+        "step-6.ckpt": 6,
+        "stage-1-first.ckpt": 3,
+        "stage-2-second.ckpt": 6,
+        "last.ckpt": 6,
+    }
+    assert (folder / "last.ckpt").samefile(folder / "stage-2-second.ckpt")
 
 
-@pytest.mark.parametrize(("every", "expected"), [(0, []), (2, [2, 4]), (3, []), (50, [])])
-def test_the_cadence_of_last(fit: Fit, every: int, expected: list[int]) -> None:
-    """Where a stage ends (steps 3 and 6), its own checkpoint stands for the last."""
+@pytest.mark.parametrize(
+    ("every", "expected"), [(0, [3, 6]), (2, [2, 3, 4, 6]), (3, [3, 6]), (50, [3, 6])]
+)
+def test_the_cadence_of_steps(fit: Fit, every: int, expected: list[int]) -> None:
+    """Where a stage's training ends (steps 3 and 6) there is always one."""
     saved: list[int] = []
 
     class Counting(StageCheckpoint):
         def _save(self, trainer: Trainer, name: str) -> Path | None:
-            if name == "last.ckpt":
+            if name == f"step-{trainer.global_step}.ckpt":
                 saved.append(trainer.global_step)
             return super()._save(trainer, name)
 
@@ -64,7 +73,7 @@ def test_the_cadence_of_last(fit: Fit, every: int, expected: list[int]) -> None:
     assert saved == expected
 
 
-def test_last_only(fit: Fit, tmp_path: Path) -> None:
+def test_without_checkpoints_of_stages(fit: Fit, tmp_path: Path) -> None:
     names: list[str] = []
 
     class Naming(StageCheckpoint):
@@ -73,7 +82,9 @@ def test_last_only(fit: Fit, tmp_path: Path) -> None:
             return super()._save(trainer, name)
 
     fit(callbacks=[Naming(every_n_steps=0, stages=False)])
-    assert names == ["last.ckpt", "last.ckpt"]
+    assert names == ["step-3.ckpt", "step-3.ckpt", "step-6.ckpt", "step-6.ckpt"], (
+        "twice: before and after the evaluation"
+    )
 
 
 def test_no_half_written_checkpoint_remains(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

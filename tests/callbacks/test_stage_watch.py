@@ -361,6 +361,8 @@ def test_an_early_end_is_a_whole_end(
     folder = Path(trainer.log_dir)
     saved = {p.name: torch.load(p, weights_only=True) for p in folder.rglob("*.ckpt")}
     assert {name: found["global_step"] for name, found in saved.items()} == {
+        "step-19.ckpt": 19,
+        "step-20.ckpt": 20,
         "stage-1-first.ckpt": 4,
         "stage-2-second.ckpt": 16,
         "stage-3-third.ckpt": 20,
@@ -486,7 +488,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(fit: Fit, model_dir: Path, tmp_p
     stages = sorted((tmp_path / "whole").rglob("stage-*.ckpt"))
     steps = [tmp_path / "steps" / f"step={step}.ckpt" for step in range(1, 9)]
     ended = torch.load(steps[4], weights_only=True)["loops"]["fit_loop"]["state_dict"]
-    assert ended["combined_loader"][0] == {"stage": 0, "yielded": 5, "ended": True}
+    assert ended["combined_loader"][0] == {
+        "stage": 0,
+        "yielded": 5,
+        "ended": True,
+        "batches": 8,
+    }
     for path in [*steps, *stages]:
         resumed = resumable(fit, model_dir, f"from {path.stem}", ckpt_path=path)
         assert_same(resumed, whole)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.distributed import get_rank
 
 import sdft.report
 from sdft import ContinualDataModule, Example, StudentModule
@@ -55,7 +59,9 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "one": lambda: "auto",
     "ddp": partial(ReplicatedStrategy, timeout_minutes=0.5),
     "fsdp": partial(ShardedStrategy, timeout_minutes=0.5),
+    "folder": partial(ShardedStrategy, timeout_minutes=0.5, save_distributed_checkpoint=True),
 }
+STRATEGIES["folder of one"] = STRATEGIES["folder"]
 
 
 class Overlap(Scorer):
@@ -89,6 +95,36 @@ class OwnScore(SDFTModule):
 
     def student_logits(self, batch: Batch, completion: Rollout) -> Tensor:
         return 1.5 * super().student_logits(batch, completion)
+
+
+class Signal(Callback):
+    """Sends this process a signal while a step is under way, in one of the processes."""
+
+    def __init__(self, rank: int, step: int, number: int) -> None:
+        self.place = (rank, step)
+        self.number = number
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if (trainer.global_rank, trainer.global_step + 1) == self.place:
+            os.kill(os.getpid(), self.number)
+
+
+def die(rank: int, call: int, name: str) -> None:
+    """Have SIGKILL come in one process as it is about to call a function for the n-th time."""
+    owner, _, attribute = name.rpartition(".")
+    module = import_module(owner)
+    real, left = getattr(module, attribute), call
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= get_rank() == rank
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(module, attribute, dying)
 
 
 class Kept(Callback):
@@ -206,7 +242,7 @@ REPLICATED: dict[str, Any] = {
 
 
 RESUMED: dict[str, Any] = {
-    "options": {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.2, momentum=0.9)},
+    "options": {"optimizer": partial(torch.optim.SGD, lr=0.2, momentum=0.9)},
     "teacher": partial(EMATeacher, rate=0.1, every_n_steps=2),
 }
 """A run that is broken off and goes on with another number of processes."""
@@ -216,6 +252,7 @@ ROUGH: dict[str, Any] = {
     "teacher": partial(EMATeacher, rate=0.5, storage="bfloat16"),
 }
 """A run whose noise is another for each shard: reproducible, but not that of one process."""
+
 
 ALL = CASES | REPLICATED | {"resumed": RESUMED, "rough": ROUGH}
 
@@ -236,6 +273,10 @@ def run(
     devices: int = 1,
     ckpt_path: str | None = None,
     every_step: bool = False,
+    learning_rate: float | None = None,
+    checkpoint: dict[str, Any] | None = None,
+    at_signal: dict[str, int] | None = None,
+    killed: dict[str, Any] | None = None,
 ) -> tuple[Trainer, StudentModule]:
     """Run a case below `folder`; what it measured is left in `kept-<rank>.json`."""
     for plot in ("plot_matrix", "plot_curves"):
@@ -245,9 +286,12 @@ def run(
     case, folder = ALL[name], folder / name
     folder.mkdir(parents=True, exist_ok=True)
     options = case.get("options", {})
-    module = case.get("module", sdft_module)(
-        models / case.get("family", "llama"), **options() if callable(options) else options
-    )
+    options = dict(options() if callable(options) else options)
+    if learning_rate is not None:
+        options["optimizer"] = partial(options["optimizer"], lr=learning_rate)
+    if killed is not None:
+        die(**killed)
+    module = case.get("module", sdft_module)(models / case.get("family", "llama"), **options)
     kept = Kept()
     trainer = Trainer(
         accelerator="cpu",
@@ -261,10 +305,11 @@ def run(
             Retention(**case.get("retention", {})),
             Samples(2),
             CostReport(),
-            StageCheckpoint(every_n_steps=1),
+            StageCheckpoint(**{"every_n_steps": 1} | (checkpoint or {})),
             ModelExport(),
             kept,
             *case_callbacks(folder, every_step),
+            *([Signal(**at_signal)] if at_signal is not None else []),
         ],
         max_epochs=-1,
         num_sanity_val_steps=0,

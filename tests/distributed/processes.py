@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -38,8 +39,14 @@ def start(command: list[str], ranks: int, folder: Path) -> list[subprocess.Popen
     return started
 
 
-def work(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, seconds: float = 240) -> None:
-    """Have so many processes do jobs; fails with what they said."""
+def work(
+    jobs: list[dict[str, Any]],
+    folder: Path,
+    ranks: int = 2,
+    seconds: float = 240,
+    killed: bool = False,
+) -> None:
+    """Have so many processes do jobs; fails with what they said, unless one of them is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs, default=str))
@@ -51,6 +58,9 @@ def work(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, seconds: floa
     finally:
         for process in processes:
             process.kill()
-    if any(codes) or None in codes:
+    if killed:
+        assert -signal.SIGKILL in codes
+        assert 0 not in codes
+    elif any(codes) or None in codes:
         said = "\n".join((folder / f"out-{rank}").read_text()[-3000:] for rank in range(ranks))
         raise AssertionError(f"the processes ended with {codes}:\n{said}")

@@ -12,6 +12,8 @@ from cases import CASES, REPLICATED
 from runs import ran
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sdft.shard_reader import read_whole
+
 pytestmark = pytest.mark.slow
 
 NAMES = tuple(CASES)
@@ -23,7 +25,8 @@ def left(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any], dict[
     """What was kept of a run, its last checkpoint and its report."""
     kept = json.loads((folder / name / "kept-0.json").read_text())
     run = Path(kept["folder"])
-    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    last = run / "checkpoints" / "last.ckpt"
+    checkpoint = read_whole(last) if last.is_dir() else torch.load(last, weights_only=True)
     return kept, checkpoint, json.loads((run / "retention.json").read_text())
 
 

@@ -16,11 +16,13 @@ pytestmark = pytest.mark.slow
 
 STEP = 3  # of 4 in the first stage
 CHANGES = [("one", "ddp"), ("one", "fsdp"), ("ddp", "one"), ("fsdp", "one"), ("fsdp", "ddp")]
-SAME = [("ddp", "ddp"), ("fsdp", "fsdp")]
+CHANGES += [("folder", after) for after in ("one", "ddp", "fsdp", "folder of one")]
+CHANGES += [("one", "folder"), ("fsdp", "folder")]
+SAME = [("ddp", "ddp"), ("fsdp", "fsdp"), ("folder", "folder")]
 
 
 def job(folder: Path, strategy: str, name: str, **more: Any) -> dict[str, Any]:
-    devices = 1 if strategy == "one" else 2
+    devices = 1 if strategy in ("one", "folder of one") else 2
     options = {"models": models(), "folder": folder, "strategy": strategy, "devices": devices}
     return {"kind": "run", "name": name, **options, **more}
 
@@ -37,7 +39,7 @@ def work_all(jobs: list[dict[str, Any]], folder: Path) -> None:
 def begun() -> Path:
     """The run in all ways, whole, with a checkpoint of every step."""
     folder = new_folder("begun")
-    strategies = ("one", "ddp", "fsdp")
+    strategies = ("one", "ddp", "fsdp", "folder")
     more = {"name": "resumed", "every_step": True}
     work_all([job(folder / s, s, **more) for s in strategies], folder)
     return folder
@@ -46,10 +48,13 @@ def begun() -> Path:
 def resume(begun: Path, folder: Path, changes: list[tuple[str, str]]) -> None:
     jobs = []
     for before, after in changes:
-        checkpoint = begun / before / "resumed" / "steps" / f"step={STEP}.ckpt"
         where = folder / f"{before}-{after}"
-        jobs.append(job(where, after, "resumed", ckpt_path=str(checkpoint)))
+        jobs.append(job(where, after, "resumed", ckpt_path=begun_at(begun, before)))
     work_all(jobs, folder)
+
+
+def begun_at(begun: Path, strategy: str, step: int = STEP) -> str:
+    return str(begun / strategy / "resumed" / "steps" / f"step={step}.ckpt")
 
 
 def assert_same(found: Path, expected: Path) -> None:
@@ -64,7 +69,7 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 def test_whole_runs_are_alike(begun: Path) -> None:
-    for strategy in ("ddp", "fsdp"):
+    for strategy in ("ddp", "fsdp", "folder"):
         kept = json.loads((begun / strategy / "resumed" / "kept-0.json").read_text())
         alone = json.loads((begun / "one" / "resumed" / "kept-0.json").read_text())
         assert_close(without_own(kept["steps"]), without_own(alone["steps"]))
@@ -84,6 +89,39 @@ def test_as_many_go_on_bit_for_bit(begun: Path, tmp_path: Path) -> None:
         for key in ("state_dict", "optimizer_states"):
             assert_close(found[1][key], expected[1][key], tolerance=0.0)
         assert found[2] == expected[2]
+
+
+def test_this_run_s_settings_win(begun: Path, tmp_path: Path) -> None:
+    """Another learning rate: one process and several go on with it alike."""
+    more = {"ckpt_path": begun_at(begun, "folder"), "learning_rate": 0.05}
+    strategies = ("one", "ddp", "folder")
+    work_all([job(tmp_path / s, s, "resumed", **more) for s in strategies], tmp_path)
+    expected = left(tmp_path / "one", "resumed")
+    unchanged = left(begun / "one", "resumed")
+    assert expected[1]["optimizer_states"][0]["param_groups"][0]["lr"] == 0.05
+    for strategy in ("ddp", "folder"):
+        found = left(tmp_path / strategy, "resumed")
+        assert_close(found[1]["state_dict"], expected[1]["state_dict"])
+        assert_close(found[1]["optimizer_states"], expected[1]["optimizer_states"])
+        (told,) = Path(found[0]["folder"]).glob("resumed.jsonl")
+        differences = json.loads(told.read_text())["differences"]
+        assert differences["model.optimizer.lr"] == [0.2, 0.05]
+    name = "student.lm_head.weight"
+    assert not torch.equal(expected[1]["state_dict"][name], unchanged[1]["state_dict"][name])
+
+
+def test_an_optimizer_without_a_state(tmp_path: Path) -> None:
+    """Plain descent: no moments to save, none to load."""
+    work_all([job(tmp_path, "folder", "sdft", every_step=True)], tmp_path)
+    checkpoint = str(tmp_path / "sdft" / "steps" / f"step={STEP}.ckpt")
+    jobs = [job(tmp_path / s, s, "sdft", ckpt_path=checkpoint) for s in ("one", "folder")]
+    work_all(jobs, tmp_path / "again")
+    _, expected, report = left(tmp_path, "sdft")
+    for strategy in ("one", "folder"):
+        _, found, found_report = left(tmp_path / strategy, "sdft")
+        assert_close(found["state_dict"], expected["state_dict"])
+        assert all(not own for own in found["optimizer_states"][0]["state"].values())
+        assert_close(found_report, report)
 
 
 def test_noise_of_shards_and_dropout_is_reproducible(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import probes  # noqa: E402 - its folder's parent has to be found first
 from cases import evaluate, run  # noqa: E402
 from conftest import save_model  # noqa: E402
 
-from sdft.ranks import part_ways  # noqa: E402
+from sdft.interruption import Interrupted  # noqa: E402
+from sdft.ranks import part_ways, rank  # noqa: E402
 
 
 def work(kind: str, folder: Path, **options: Any) -> None:
@@ -26,7 +27,11 @@ def work(kind: str, folder: Path, **options: Any) -> None:
     elif kind == "probe":
         getattr(probes, options["name"])(folder)
     elif kind == "run":
-        run(models=Path(options.pop("models")), folder=folder, **options)
+        try:
+            run(models=Path(options.pop("models")), folder=folder, **options)
+        except Interrupted as ended:
+            told = {"code": ended.code, "step": ended.step, "checkpoint": str(ended.checkpoint)}
+            (folder / f"interrupted-{rank()}.json").write_text(json.dumps(told))
     else:
         found = evaluate(models=Path(options.pop("models")), folder=folder, **options)
         (folder / "found.json").write_text(json.dumps(found))
