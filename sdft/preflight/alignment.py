@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sdft.encoded import Encoded
-from sdft.preflight.tokens import THINK, Token, side_by_side, tokens_dict, tokens_of
+from sdft.preflight.tokens import THINK, Block, Token, side_by_side, tokens_dict, tokens_of
 from sdft.preflight.views import View, Views
 from sdft.prompts import PromptEncoder
 
@@ -54,16 +54,14 @@ class Alignment:
         problems: Of all examples.
         student: Tokens of the shown example's student prompt.
         teacher: Tokens of its teacher prompt.
-        demonstration: Its demonstration.
     """
 
     problems: list[Problem] = field(default_factory=list)
     student: list[Token] = field(default_factory=list)
     teacher: list[Token] = field(default_factory=list)
-    demonstration: str = ""
 
     @property
-    def blocks(self) -> list[Any]:
+    def blocks(self) -> list[Block]:
         """The shown example's prompts side by side."""
         return side_by_side(self.student, self.teacher)
 
@@ -83,7 +81,7 @@ Check = Callable[[Views, set[int], int], Iterator[Problem]]
 def align(
     encoder: PromptEncoder, items: Sequence[Encoded], ends: Sequence[int], vocabulary: int
 ) -> Alignment:
-    """Check the prompts of all examples; show the shortest of a middling kind.
+    """Check the prompts of all examples; show one of middling length.
 
     Args:
         encoder: Made the prompts.
@@ -102,8 +100,10 @@ def align(
         for name, problem in found.items()
     ]
     shown = sorted(items, key=lambda item: len(item.teacher_ids))[(len(items) - 1) // 2]
-    sides = (tokens_of(encoder.tokenizer, ids) for ids in (shown.student_ids, shown.teacher_ids))
-    return Alignment(problems, *sides, demonstration=shown.example.demonstration or "")
+    student, teacher = (
+        tokens_of(encoder.tokenizer, ids) for ids in (shown.student_ids, shown.teacher_ids)
+    )
+    return Alignment(problems, student, teacher)
 
 
 def problems_of(views: Views, ends: set[int], vocabulary: int) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ import logging
 import shlex
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +50,14 @@ def main(args: list[str]) -> int:
     """
     options, rest = _parser().parse_known_args(args)
     _quiet()
+    try:
+        return _look(options, rest, args)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _look(options: argparse.Namespace, rest: list[str], args: list[str]) -> int:
     configured = Configured(rest)
     report = _report(configured, options, shlex.join(["python", "-m", "sdft", "preflight", *args]))
     print(text(report))
@@ -73,12 +82,12 @@ def _report(configured: Configured, options: argparse.Namespace, command: str) -
         configured.measured.artifacts,
     )
     facts = [probe.facts(task) for task in data.tasks]
+    device = _device_name(configured)  # once the timed steps are over the model is on the CPU
     place = footprint(configured, facts, _optimizer_name(module))
     trials = _trials(configured, facts, options.timed_steps, seed)
     peaks = [trial.peak_bytes for trial in trials.values() if trial.peak_bytes]
     if peaks:
-        place = type(place)(**{**vars(place), "measured_bytes": max(peaks)})
-    device = _device_name(configured)
+        place = replace(place, measured_bytes=max(peaks))
     return Report(
         module.model_name,
         module.method,
@@ -118,7 +127,10 @@ def _judged(facts: TaskFacts, trial: Trial | None) -> Verdict:
 
 
 def _optimizer_name(module: Any) -> str:
-    return type(module.optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__
+    try:
+        return type(module.optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__
+    except (RuntimeError, TypeError, ValueError):  # one that is particular about its parameters
+        return ""
 
 
 def _device_name(configured: Configured) -> str:

@@ -1,4 +1,4 @@
-"""How far the teacher is from the student on the student's own tokens: what the loss begins with."""
+"""How far the teacher is from the student on the student's own tokens: the loss at its start."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def estimate(
             assert fitting is not None
             rows = len(fitting.items)
             tasks[task.name] = TaskEstimate(configured.batches(task, rows), trials[task.name])
-    answers = _answers(configured)
+    answers, unread = _answers(configured)
     each = _seconds_per_answer(facts)
     return RunEstimate(
         tasks,
@@ -146,26 +146,26 @@ def estimate(
         answers,
         footprint,
         device,
-        _notes(configured, tasks),
+        [*unread, *_notes(configured, tasks)],
     )
 
 
-def _answers(configured: Configured) -> int:
-    """Greedy answers for the retention matrix: a row before the first stage and after each."""
-    measured = configured.measured
+def _answers(configured: Configured) -> tuple[int, list[str]]:
+    """Greedy answers for the retention matrix: a row before the first stage and after each.
+
+    Also a remark on each task or suite that cannot be read: the run would stop there.
+    """
+    measured, found, unread = configured.measured, 0, []
     if not measured.enabled:
-        return 0
-    rows = len(configured.data.tasks) + 1
-    return rows * sum(_count(task, configured) for task in configured.data.evaluated)
-
-
-def _count(task: Task, configured: Configured) -> int:
-    measured = configured.measured
-    try:
-        there = len(task.examples(measured.split)) or len(task.examples("validation"))
-    except (ValueError, OSError):
-        return 0
-    return there if measured.limit is None else min(there, measured.limit)
+        return 0, []
+    for task in configured.data.evaluated:
+        try:
+            there = len(task.examples(measured.split)) or len(task.examples("validation"))
+        except (ValueError, OSError) as error:
+            unread.append(f"{task.name!r} cannot be evaluated: {error}")
+            continue
+        found += there if measured.limit is None else min(there, measured.limit)
+    return (len(configured.data.tasks) + 1) * found, unread
 
 
 def _seconds_per_answer(facts: Sequence[TaskFacts]) -> float | None:

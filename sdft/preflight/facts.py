@@ -49,6 +49,7 @@ class TaskFacts:
         alignment: Of both prompts.
         speed: How fast the bare prompts were answered.
         limit: `model.max_new_tokens`.
+        room: Tokens that the model's context leaves for a prompt; None when unlimited.
     """
 
     name: str
@@ -66,6 +67,7 @@ class TaskFacts:
     alignment: Alignment | None = None
     speed: Speed | None = None
     limit: int = 0
+    room: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

@@ -51,12 +51,12 @@ class Probe:
 
     def facts(self, task: Task) -> TaskFacts:
         """What there is to know of a task; a task that cannot be read is a fact, too."""
-        limit = self.module.greedy.max_new_tokens
+        limit, room = self.module.greedy.max_new_tokens, self.module.prompt_room
         try:
             fitting = Fitting.of(self.module.encoder, task, self.limits)
         except (ValueError, OSError) as error:
             return TaskFacts(task.name, problem=f"its examples cannot be used: {error}")
-        found = TaskFacts(task.name, fitting, limit=limit)
+        found = TaskFacts(task.name, fitting, limit=limit, room=room)
         if not fitting.total:
             return replace(found, problem="it has no training examples")
         if not fitting.items:
@@ -70,10 +70,8 @@ class Probe:
             why = f"the method {self.module.method!r} has no teacher that sees the demonstration"
             names = ("accuracy_with", "gap", "divergence", "alignment")
             return replace(found, missing={**found.missing, **dict.fromkeys(names, why)})
-        found = self._aligned(found, items)
-        if any("does not know" in p.name for p in found.alignment.problems):  # type: ignore[union-attr]
-            return found
-        return self._rollouts(self._with(found, task, items, scores), task, items)
+        found = self._with(self._aligned(found, items), task, items, scores)
+        return self._rollouts(found, task, items)
 
     def _without(
         self, found: TaskFacts, task: Task, items: list[Encoded]
@@ -89,7 +87,7 @@ class Probe:
         own, _ = self._scores(task, items, written)
         measured = replace(
             found,
-            without=scores and Estimate.from_scores(scores),
+            without=Estimate.from_scores(scores) if scores else None,
             demonstrations=None if own is None else sum(own) / len(own),
             lengths={"without": _lengths(answers), "demonstrations": _lengths(written)},
             speed=speed,
@@ -99,8 +97,9 @@ class Probe:
 
     def _aligned(self, found: TaskFacts, items: list[Encoded]) -> TaskFacts:
         module = self.module
-        vocabulary = module.model.get_input_embeddings().weight.shape[0]
-        alignment = align(module.encoder, items, module.eos_ids, int(vocabulary))  # type: ignore[arg-type]
+        embedding: Any = module.model.get_input_embeddings()
+        known = int(embedding.weight.shape[0])
+        alignment = align(module.encoder, items, module.eos_ids, known)
         return replace(found, alignment=alignment)
 
     def _with(
@@ -113,7 +112,7 @@ class Probe:
         missing = {"accuracy_with": why, "gap": why} if why else {}
         return replace(
             found,
-            with_it=scores and Estimate.from_scores(scores),
+            with_it=Estimate.from_scores(scores) if scores else None,
             gap=Gap.of(before, scores) if before and scores else None,
             lengths={**found.lengths, "with": _lengths(answers)},
             artifacts=sum(self.artifacts(a.text) for a in answers) / len(answers),

@@ -79,17 +79,18 @@ def _remedy(facts: TaskFacts) -> str:
 
 
 def _raise_limits(facts: TaskFacts) -> str:
-    assert facts.fitting is not None
-    (student, teacher), (long_student, long_teacher) = facts.fitting.limits, facts.fitting.longest
-    needed = []
-    if long_student > student:
-        needed.append(f"data.max_student_tokens to {long_student} (now {student})")
-    if long_teacher > teacher:
-        needed.append(f"data.max_teacher_tokens to {long_teacher} (now {teacher})")
-    return (
-        f"to keep all, raise {' and '.join(needed)}; where the model's context is the limit, lower "
-        "model.max_new_tokens or take a model with a longer one"
-    )
+    fit, advice = facts.fitting, []
+    assert fit is not None
+    room = facts.room
+    if room is not None and max(fit.longest) > room:
+        advice.append(
+            f"the model's context leaves {room} tokens for a prompt, so lower "
+            "model.max_new_tokens, shorten the prompts, or take a model with a longer context"
+        )
+    for name, limit, longest in zip(("student", "teacher"), fit.limits, fit.longest, strict=True):
+        if longest > limit and limit != room:
+            advice.append(f"raise data.max_{name}_tokens to {longest} (now {limit}) to keep all")
+    return "; ".join(advice)
 
 
 # ---------------------------------------------------------------- rules
@@ -235,8 +236,8 @@ def _artifacts(facts: TaskFacts) -> Iterator[Reason]:
     if facts.artifacts is not None and facts.artifacts > ARTIFACTS:
         yield Reason(
             "weak",
-            f"{facts.artifacts:.0%} of the answers with the demonstration speak of it, which the "
-            "student picks up",
+            f"{facts.artifacts:.0%} of the answers with the demonstration carry an artifact of it "
+            "(retention.artifact_patterns), which the student picks up",
             "raise model.skip_first_tokens, or reword model.teacher_template",
         )
 
@@ -245,11 +246,11 @@ RULES: tuple[Callable[[TaskFacts], Iterator[Reason]], ...] = (
     _misaligned,
     _unscored,
     _dropped,
+    _truncated,
     _solved,
     _gap,
     _poor_teacher,
     _undiverged,
-    _truncated,
     _growing,
     _artifacts,
     _scorer,

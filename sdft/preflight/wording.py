@@ -119,7 +119,8 @@ def memory_line(estimate: RunEstimate) -> str:
     own = estimate.footprint
     measured = ""
     if own.measured_bytes is not None:
-        measured = f"; the timed steps took {size(own.measured_bytes)}"
+        whole = " with the program itself" if estimate.device.startswith("cpu") else ""
+        measured = f"; the timed steps took {size(own.measured_bytes)}{whole}"
     if own.peak_bytes is None:
         return f"memory: unknown to the calculator ({own.problem}){measured}"
     verdict = {True: "fits", False: "DOES NOT FIT", None: "of"}[own.fits]
