@@ -15,7 +15,7 @@ import zipfile
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import transformers
 from lightning.fabric.utilities import rank_zero_only
@@ -58,6 +58,7 @@ COMMANDS: dict[str, str] = {
     "compare": "sdft.comparison.command",
     "export": "sdft.export.command",
     "generate": "sdft.generate_command",
+    "preflight": "sdft.preflight.command",
     "self_edits": "sdft.self_edits.command",
 }
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
@@ -138,6 +139,9 @@ class SDFTCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+CLIT = TypeVar("CLIT", bound=SDFTCLI)
+
+
 def check_writable(root: Path) -> None:
     """Make the folder and write a probe into it, before anything is computed.
 
@@ -210,7 +214,7 @@ def main(args: list[str] | None = None) -> int:
             check_yaml(path)
         if words and words[0] in COMMANDS:
             return int(import_module(COMMANDS[words[0]]).main(words[1:]))
-        _run_lightning(args)
+        lightning_cli(SDFTCLI, args)
         part_ways()
     except SIGTERMException:
         print("sdft: terminated; go on with --ckpt_path last", file=sys.stderr)
@@ -224,8 +228,14 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _run_lightning(args: list[str] | None) -> None:
-    SDFTCLI(
+def lightning_cli(kind: type[CLIT], args: list[str] | None) -> CLIT:
+    """Parse a command line of Lightning's and do what it says.
+
+    Args:
+        kind: Does it.
+        args: Command-line arguments; those of the process when None.
+    """
+    return kind(
         StudentModule,
         ContinualDataModule,
         subclass_mode_model=True,
