@@ -55,6 +55,7 @@ TRACEBACK = "SDFT_TRACEBACK"
 
 COMMANDS: dict[str, str] = {
     "budget": "sdft.budget_command",
+    "check": "sdft.drift.command",
     "compare": "sdft.comparison.command",
     "export": "sdft.export.command",
     "generate": "sdft.generate_command",
