@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import transformers
 import yaml
@@ -66,10 +66,12 @@ TRACEBACK = "SDFT_TRACEBACK"
 
 COMMANDS: dict[str, str] = {
     "budget": "sdft.budget_command",
+    "check": "sdft.drift.command",
     "checkpoints": "sdft.checkpoints_command",
     "compare": "sdft.comparison.command",
     "export": "sdft.export.command",
     "generate": "sdft.generate_command",
+    "preflight": "sdft.preflight.command",
     "self_edits": "sdft.self_edits.command",
 }
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
@@ -159,6 +161,9 @@ class SDFTCLI(LightningCLI):
         return trainer
 
 
+CLIT = TypeVar("CLIT", bound=SDFTCLI)
+
+
 def check_writable(root: Path) -> None:
     """Make the folder and write a probe into it, before anything is computed.
 
@@ -201,7 +206,7 @@ def main(args: list[str] | None = None) -> int:
             check_yaml(path)
         if words and words[0] in COMMANDS:
             return int(import_module(COMMANDS[words[0]]).main(words[1:]))
-        _run_lightning(None if args is None and words == sys.argv[1:] else words)
+        lightning_cli(SDFTCLI, None if args is None and words == sys.argv[1:] else words)
         part_ways()
     except SIGTERMException as ended:
         if _is_first():
@@ -244,8 +249,14 @@ def farewell(ended: SIGTERMException, words: Sequence[str]) -> str:
     return f"{ended}; go on with\n  {shlex.join(command)}"
 
 
-def _run_lightning(args: list[str] | None) -> None:
-    SDFTCLI(
+def lightning_cli(kind: type[CLIT], args: list[str] | None) -> CLIT:
+    """Parse a command line of Lightning's and do what it says.
+
+    Args:
+        kind: Does it.
+        args: Command-line arguments; those of the process when None.
+    """
+    return kind(
         StudentModule,
         ContinualDataModule,
         subclass_mode_model=True,
