@@ -1,0 +1,28 @@
+"""Scorers: how well a response answers an example, from 0 to 1.
+
+A scorer is any callable `scorer(response, example) -> score`. Those here inherit `Scorer`, so that
+a YAML file may name them without their module (`class_path: JSONMatch`); one of your own only needs
+the same `__call__`. See docs/tasks.md.
+"""
+
+from sdft.scorers.code import CodeTests
+from sdft.scorers.exact import ExactMatch
+from sdft.scorers.json_values import JSONFieldMatch, JSONMatch
+from sdft.scorers.numeric import NumericMatch
+from sdft.scorers.pattern import LetterMatch, RegexMatch
+from sdft.scorers.scorer import Scorer, explained, score_all
+from sdft.scorers.tool_calls import ToolCallMatch
+
+__all__ = [
+    "CodeTests",
+    "ExactMatch",
+    "JSONFieldMatch",
+    "JSONMatch",
+    "LetterMatch",
+    "NumericMatch",
+    "RegexMatch",
+    "Scorer",
+    "ToolCallMatch",
+    "explained",
+    "score_all",
+]
