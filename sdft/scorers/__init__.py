@@ -6,19 +6,28 @@ the same `__call__`. See docs/tasks.md.
 """
 
 from sdft.scorers.code import CodeTests
+from sdft.scorers.endpoint import ChatEndpoint
 from sdft.scorers.exact import ExactMatch
 from sdft.scorers.json_values import JSONFieldMatch, JSONMatch
+from sdft.scorers.judge import Judge
+from sdft.scorers.judge_model import JudgeError, JudgeModel
+from sdft.scorers.local_judge import LocalJudge
 from sdft.scorers.numeric import NumericMatch
 from sdft.scorers.pattern import LetterMatch, RegexMatch
 from sdft.scorers.scorer import Scorer, explained, score_all
 from sdft.scorers.tool_calls import ToolCallMatch
 
 __all__ = [
+    "ChatEndpoint",
     "CodeTests",
     "ExactMatch",
     "JSONFieldMatch",
     "JSONMatch",
+    "Judge",
+    "JudgeError",
+    "JudgeModel",
     "LetterMatch",
+    "LocalJudge",
     "NumericMatch",
     "RegexMatch",
     "Scorer",

@@ -1,12 +1,12 @@
 """Runs Python that a model has written, with as little power as it needs.
 
-The program gets a process of its own in an empty folder: limits on time, memory, file sizes and open
-files; no environment; no sockets, no other processes and no signals (seccomp); no files but those of
-Python, of the system's libraries and of its folder (Landlock). When its time is up, its whole process
-group is killed. Needs Linux 5.13 on x86-64 or arm64, without any privilege.
+The program gets a process of its own in an empty folder: limits on time, memory, file sizes and
+open files; no environment; no sockets, no other processes and no signals (seccomp); no files but
+those of Python, of the system's libraries and of its folder (Landlock). When its time is up, its
+whole process group is killed. Needs Linux 5.13 on x86-64 or arm64, without any privilege.
 
-This bounds accidents and what a model may stumble on; it is no defence against an exploit of the
-kernel. Run untrusted models in a container or a virtual machine as well.
+This bounds accidents and what a model may stumble on; it is no defence against an exploit of
+the kernel. Run untrusted models in a container or a virtual machine as well.
 """
 
 from __future__ import annotations

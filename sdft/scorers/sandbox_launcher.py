@@ -19,8 +19,8 @@ from pathlib import Path
 REFUSED = 97  # the same as in sandbox.py
 LIBC = ctypes.CDLL(None, use_errno=True)
 
-# By architecture: its number for seccomp, `clone`, and the calls that a program does without. From the
-# kernel's tables (arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h).
+# By architecture: its number for seccomp, `clone`, and the calls that a program does without. From
+# the kernel's tables (arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h).
 ARCHITECTURES = {
     "x86_64": (
         0xC000003E,
@@ -29,7 +29,14 @@ ARCHITECTURES = {
             *(41, 425),  # socket, io_uring_setup
             *(57, 58, 112, 109),  # fork, vfork, setsid, setpgid
             *(62, 200, 234, 129, 297, 424, 434),  # kill, tkill, tgkill and their like
-            *(101, 311, 272, 308, 165, 321),  # ptrace, process_vm_writev, unshare, setns, mount, bpf
+            *(
+                101,
+                311,
+                272,
+                308,
+                165,
+                321,
+            ),  # ptrace, process_vm_writev, unshare, setns, mount, bpf
             *(76, 90, 91, 92, 93, 94, 260, 268, 452),  # truncate, chmod, chown: not Landlock's
             *(188, 189, 190, 197, 198, 199),  # setxattr, removexattr
         ),
@@ -94,9 +101,8 @@ def deny_calls() -> None:
     call("prctl", 22, 2, ctypes.c_char_p(program), 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
-# Landlock's rights (linux/landlock.h): execute, write file, read file, read folder, …, make symlink.
-EXECUTE, WRITE, READ, LIST = 1, 2, 4, 8
-ALL_RIGHTS = (1 << 13) - 1
+EXECUTE, WRITE, READ, LIST = 1, 2, 4, 8  # the first of Landlock's rights (linux/landlock.h)
+ALL_RIGHTS = (1 << 13) - 1  # those that every kernel with Landlock knows
 
 
 def confine_files(folder: Path) -> None:

@@ -42,9 +42,7 @@ class Detailed(Protocol):
         """Named scores in [0, 1], one per response under each name."""
 
 
-def score_all(
-    scorer: Scorer, responses: Sequence[str], examples: Sequence[Example]
-) -> list[float]:
+def score_all(scorer: Scorer, responses: Sequence[str], examples: Sequence[Example]) -> list[float]:
     """One score per response, asked for together where the scorer prefers that."""
     if isinstance(scorer, ScoresTogether):
         return scorer.score_all(responses, examples)
