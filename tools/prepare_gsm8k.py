@@ -2,16 +2,16 @@
 
 Turns grade-school maths (openai/gsm8k, MIT; arXiv 2110.14168) into a task: solve it in steps.
 
-    --source  a folder with train.jsonl and test.jsonl, one {"question", "answer"} per line, or a hub
-              name (openai/gsm8k)
+    --source  a hub name (openai/gsm8k), or a folder with train.jsonl and test.jsonl, one
+              {"question", "answer"} per line
     --out     gets train.jsonl, validation.jsonl, test.jsonl and prepared.json
     --shares  percent of training and validation rows, in the proportion of the first two (75 5 20);
               the test rows are the source's own
     --seed    order and choice of the rows (0)
 
-Demonstrations are the worked solutions without their calculator marks (`<<48/2=24>>`), the answer is
-the number behind `####`. No question stands in two splits. Score with `NumericMatch` and the marker
-`####`.
+Demonstrations are the worked solutions without their calculator marks (`<<48/2=24>>`), the answer
+is the number behind `####`. No question stands in two splits. Score with `NumericMatch` and the
+marker `####`.
 """
 
 from __future__ import annotations

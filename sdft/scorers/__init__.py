@@ -14,7 +14,7 @@ from sdft.scorers.judge_model import JudgeError, JudgeModel
 from sdft.scorers.local_judge import LocalJudge
 from sdft.scorers.numeric import NumericMatch
 from sdft.scorers.pattern import LetterMatch, RegexMatch
-from sdft.scorers.scorer import Scorer, explained, score_all
+from sdft.scorers.scorer import Scorer, explained
 from sdft.scorers.tool_calls import ToolCallMatch
 
 __all__ = [
@@ -33,5 +33,4 @@ __all__ = [
     "Scorer",
     "ToolCallMatch",
     "explained",
-    "score_all",
 ]

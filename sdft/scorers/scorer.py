@@ -42,13 +42,14 @@ class Detailed(Protocol):
         """Named scores in [0, 1], one per response under each name."""
 
 
-def score_all(scorer: Scorer, responses: Sequence[str], examples: Sequence[Example]) -> list[float]:
-    """One score per response, asked for together where the scorer prefers that."""
-    if isinstance(scorer, ScoresTogether):
-        return scorer.score_all(responses, examples)
-    return [float(scorer(*pair)) for pair in zip(responses, examples, strict=True)]
-
-
 def explained(scorer: Scorer, response: str, example: Example) -> str | None:
-    """Why a response does not score 1; None where it does, or where the scorer cannot say."""
-    return scorer.explain(response, example) if isinstance(scorer, Explaining) else None
+    """Why a response does not score 1; None where it does, or where the scorer cannot say.
+
+    Scorers that prefer many responses at once are not asked: one by one they cost too much.
+    """
+    if not isinstance(scorer, Explaining) or isinstance(scorer, ScoresTogether):
+        return None
+    try:
+        return scorer.explain(response, example)
+    except ValueError as error:
+        return f"cannot be scored: {error}"
