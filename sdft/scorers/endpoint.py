@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import random
 import re
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.client import HTTPException
 from threading import Event
 from typing import Any
@@ -20,8 +19,6 @@ from urllib.parse import urlsplit
 from sdft.examples import Message
 from sdft.redaction import HIDDEN, redacted_text
 from sdft.scorers.judge_model import JudgeError, JudgeModel, Reply, Usage
-
-log = logging.getLogger(__name__)
 
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 LONGEST_WAIT = 60.0  # seconds, whatever the server says
@@ -107,6 +104,11 @@ class ChatEndpoint(JudgeModel):
         self.completion_price = completion_price
 
     @property
+    def name(self) -> str:
+        """The model's."""
+        return self.model
+
+    @property
     def identity(self) -> str:
         """The model and how it is asked; not where: the same model may move to another port."""
         return f"{self.model} {json.dumps(self.fields, sort_keys=True)}"
@@ -122,25 +124,16 @@ class ChatEndpoint(JudgeModel):
         """Ask for several at a time; the first failure ends the asking."""
         stop, failed = Event(), list[JudgeError]()
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge") as pool:
-            places: dict[Future[Reply], int] = {
-                pool.submit(self._ask, talk, stop): i for i, talk in enumerate(conversations)
-            }
+            places = {pool.submit(self._ask, t, stop): i for i, t in enumerate(conversations)}
             try:
                 for future in as_completed(places):
-                    if future.cancelled():
-                        continue
                     error = future.exception()
-                    if error is None:
-                        yield places[future], future.result()
-                    elif isinstance(error, JudgeError):
+                    if isinstance(error, JudgeError):
                         failed.append(error)
-                        stop.set()
-                        pool.shutdown(wait=False, cancel_futures=True)
-                    else:
-                        raise error
-            finally:
+                    elif (reply := future.result()) is not None:
+                        yield places[future], reply
+            finally:  # also when nobody wants the rest
                 stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
         if failed:
             for error in failed[1:]:
                 failed[0].usage.add(error.usage)
@@ -148,13 +141,17 @@ class ChatEndpoint(JudgeModel):
 
     # ---------------------------------------------------------------- one request
 
-    def _ask(self, conversation: Sequence[Message], stop: Event) -> Reply:
+    def _ask(self, conversation: Sequence[Message], stop: Event) -> Reply | None:
+        """The reply; None where it was not asked for, since another request has failed."""
+        if stop.is_set():
+            return None
         usage = Usage()
         while True:
             try:
                 return self._request(conversation, usage)
             except _Failure as failure:
                 if usage.retries >= self.retries or not failure.may_pass or stop.is_set():
+                    stop.set()
                     times = f" after {usage.retries + 1} requests" if usage.retries else ""
                     raise JudgeError(
                         f"the judge {self.model!r} at {redacted_text(self.base_url)} does not "

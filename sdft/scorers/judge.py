@@ -169,7 +169,7 @@ class Judge(Scorer):
                     return
             reply = next(iter(waiting.values()))[-2]["content"]
             raise JudgeError(
-                f"the judge {self.model.identity!r} gives no grade in {self.rounds} rounds: "
+                f"the judge {self.model.name!r} gives no grade in {self.rounds} rounds: "
                 f"{reply[-200:]!r}"
             )
         except JudgeError as error:

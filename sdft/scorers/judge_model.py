@@ -65,6 +65,11 @@ class JudgeModel(ABC):
 
     @property
     @abstractmethod
+    def name(self) -> str:
+        """Names it to the user."""
+
+    @property
+    @abstractmethod
     def identity(self) -> str:
         """Tells its verdicts from another model's, in the cache too."""
 

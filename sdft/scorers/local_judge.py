@@ -47,6 +47,11 @@ class LocalJudge(JudgeModel):
         self.device = device
         self.revision = revision
 
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return self.model_name
+
     @cached_property
     def identity(self) -> str:
         """Name, revision and, for local files, their sizes and dates."""
