@@ -127,7 +127,7 @@ def shared_out(
         seed: Shuffles.
 
     Raises:
-        ValueError: Shares that are no percentages, or too few rows to fill every split.
+        ValueError: Shares that are no percentages, or too few rows to give every split one.
     """
     if min(shares) < 0 or sum(shares) != 100 or not shares[0]:
         raise ValueError(f"shares must be three percentages that sum to 100, found {shares}")
@@ -138,16 +138,15 @@ def shared_out(
     rng.shuffle(rest)
     train, validation, held = shares if not tested else (shares[0], shares[1], 0)
     whole = train + validation + held
-    ends = [round(len(rest) * part / whole) for part in (held, held + validation)]
-    splits = {
-        "train": rest[ends[1] :],
-        "validation": rest[ends[0] : ends[1]],
-        "test": tested or rest[: ends[0]],
+    # A split that has a share has a row.
+    sizes = [max(1, round(len(rest) * part / whole)) if part else 0 for part in (held, validation)]
+    if sum(sizes) >= len(rest):
+        raise ValueError(f"{len(rest)} rows are too few to be shared out {shares}")
+    return {
+        "train": rest[sum(sizes) :],
+        "validation": rest[sizes[0] : sum(sizes)],
+        "test": tested or rest[: sizes[0]],
     }
-    for (name, found), share in zip(splits.items(), shares, strict=True):
-        if share and not found:
-            raise ValueError(f"{len(rest)} rows are too few to give {name} its {share} %")
-    return splits
 
 
 def _by_label(rows: Sequence[Row], rng: random.Random) -> dict[str, list[Row]]:
