@@ -316,3 +316,34 @@ def test_yaml_gives_a_judge() -> None:
     assert isinstance(task, MedicalTask)
     assert isinstance(task.scorer, Judge)
     assert task.name == "medical"
+
+
+# What docs/tasks.md shows.
+
+
+def code_blocks(language: str) -> list[str]:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text("utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_example_task_and_scorer_of_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    task_code, scorer_code = code_blocks("python")
+    found: dict[str, Any] = {}
+    exec(task_code, found)
+    task = found["Sums"](test=write_jsonl(tmp_path / "x.jsonl", [{"a": 1, "b": 2}]))
+    (example,) = task.examples("test")
+    assert (example.prompt, task.scorer("It is 3.", example)) == ("1 + 2?", 1.0)
+    exec(scorer_code, found)
+    scorer = found["StartsWith"]()
+    assert (scorer("3!", example), scorer.explain("4", example)) == (1.0, "begins with '4'")
+
+
+def test_the_configuration_of_the_docs() -> None:
+    tasks = yaml.safe_load(code_blocks("yaml")[0])["data"]["tasks"]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Task, "task")
+    made = [parser.instantiate(parser.parse_args([f"--task={json.dumps(t)}"])).task for t in tasks]
+    assert [task.name for task in made] == ["tool_use", "science", "medical"]
