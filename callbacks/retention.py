@@ -260,6 +260,7 @@ def _scalars(report: RetentionReport) -> dict[str, float]:
         values[f"truncated/{name}"] = cell.truncated
         values[f"kl_base/{name}"] = cell.kl_base
         values |= {f"pass_at_{k}/{name}": found.score for k, found in (cell.pass_at or {}).items()}
+        values |= {f"{other}/{name}": found.score for other, found in (cell.details or {}).items()}
     for name, cell in report.selection.cells.items() if report.selection else ():
         values[f"selection/{name}"] = cell.score
     metrics = report.metrics()

@@ -30,7 +30,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import sdft.methods
 import sdft.mixtures
-import sdft.penalties  # noqa: F401 - the same
+import sdft.penalties
+import sdft.task_kinds  # noqa: F401 - the same
 from sdft.callbacks import (
     ConfigFile,
     CostReport,

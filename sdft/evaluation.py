@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sdft.examples import Example
-from sdft.metrics import Cell
+from sdft.metrics import Cell, Estimate
+from sdft.scorers.scorer import Detailed, ScoresTogether
 from sdft.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -68,18 +69,41 @@ def score_responses(
         ValueError: The scorer raised or gave something that is no number in [0, 1]; names the
             task, the prompt and the cause.
     """
-    scores = []
-    for example, response in zip(examples, responses, strict=True):
-        try:
-            score = float(task.scorer(response.text, example))
-        except Exception as error:  # a user's scorer may raise anything
-            raise ValueError(
-                f"the scorer of task {task.name!r} raised {type(error).__name__}: {error} "
-                f"(prompt {example.prompt[:80]!r}, response {response.text[:80]!r})"
-            ) from error
+    if isinstance(task.scorer, ScoresTogether):
+        scores = _scored_together(task, task.scorer, examples, responses)
+    else:
+        pairs = zip(examples, responses, strict=True)
+        scores = [_scored(task, example, response) for example, response in pairs]
+    for score in scores:
         if not 0.0 <= score <= 1.0:
             raise ValueError(f"the scorer of task {task.name!r} gave {score}, not in [0, 1]")
-        scores.append(score)
+    return scores
+
+
+def _scored(task: Task, example: Example, response: Response) -> float:
+    try:
+        return float(task.scorer(response.text, example))
+    except Exception as error:  # a user's scorer may raise anything
+        raise ValueError(
+            f"the scorer of task {task.name!r} raised {type(error).__name__}: {error} "
+            f"(prompt {example.prompt[:80]!r}, response {response.text[:80]!r})"
+        ) from error
+
+
+def _scored_together(
+    task: Task, scorer: ScoresTogether, examples: Sequence[Example], responses: Sequence[Response]
+) -> list[float]:
+    try:
+        scores = list(map(float, scorer.score_all([r.text for r in responses], examples)))
+    except Exception as error:
+        raise ValueError(
+            f"the scorer of task {task.name!r} raised {type(error).__name__}: {error}"
+        ) from error
+    if len(scores) != len(responses):
+        raise ValueError(
+            f"the scorer of task {task.name!r} gave {len(scores)} scores for {len(responses)} "
+            "responses"
+        )
     return scores
 
 
@@ -102,7 +126,23 @@ def summarise(
     )
     try:
         scored = Cell.from_scores(score_responses(task, examples, responses))
+        details = _details(task, examples, responses)
     except ValueError as error:
         log.warning("%s", error)
         return replace(unscored, error=str(error))
-    return replace(unscored, score=scored.score, ci95=scored.ci95)
+    return replace(unscored, score=scored.score, ci95=scored.ci95, details=details)
+
+
+def _details(
+    task: Task, examples: Sequence[Example], responses: Sequence[Response]
+) -> dict[str, Estimate] | None:
+    """What the scorer knows beside its scores; None where that is nothing."""
+    if not isinstance(task.scorer, Detailed):
+        return None
+    try:
+        found = task.scorer.details([response.text for response in responses], examples)
+        return {name: Estimate.from_scores(scores) for name, scores in found.items()}
+    except Exception as error:
+        raise ValueError(
+            f"the scorer of task {task.name!r} raised {type(error).__name__}: {error}"
+        ) from error

@@ -207,6 +207,7 @@ class RetentionReport:
         lines = {
             "KL(base ‖ student)": kl,
             f"pass@{'/'.join(map(str, self.pass_ks))}": passes,
+            "other scores": {n: _shown_details(c) for n, c in last.items() if c.details},
         }
         if self.selection is not None:
             cells = self.selection.cells.items()
@@ -244,6 +245,10 @@ def _shown(value: float | None) -> str:
 def _shown_passes(cell: Cell) -> str:
     estimates = sorted((int(k), estimate) for k, estimate in (cell.pass_at or {}).items())
     return "/".join(f"{estimate.score:.2f}" for _, estimate in estimates)
+
+
+def _shown_details(cell: Cell) -> str:
+    return " ".join(f"{name} {found.score:.2f}" for name, found in (cell.details or {}).items())
 
 
 def _csv_values(cell: Cell) -> tuple[float | None, ...]:

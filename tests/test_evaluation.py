@@ -107,3 +107,53 @@ def test_patterns_of_ones_own() -> None:
     assert not Artifacts(["^done"])("Based on the text")
     with pytest.raises(ValueError, match=r"artifact pattern '\(' is no regex"):
         Artifacts(["("])
+
+
+class Together:
+    """Scores many responses at once."""
+
+    def __init__(self, scores: Any) -> None:
+        self.scores = scores
+        self.asked: list[int] = []
+
+    def __call__(self, response: str, example: Example) -> float:
+        raise AssertionError("one by one costs too much")
+
+    def score_all(self, responses: list[str], examples: list[Example]) -> list[float]:
+        self.asked.append(len(responses))
+        if isinstance(self.scores, Exception):
+            raise self.scores
+        return list(self.scores)
+
+
+def test_a_scorer_of_many_responses_is_asked_once() -> None:
+    scorer = Together([1, 0.5, 0])
+    assert summary(scorer, *THREE).score == 0.5
+    assert scorer.asked == [3]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0, 1.0], "gave 2 scores for 3 responses"),
+        ([1.0, 1.0, 2.0], "gave 2.0, not in [0, 1]"),
+        (RuntimeError("no"), "raised RuntimeError: no"),
+    ],
+)
+def test_a_scorer_of_many_that_fails_is_an_undefined_cell(scores: Any, message: str) -> None:
+    cell = summary(Together(scores), *THREE)
+    assert cell.score is None
+    assert f"the scorer of task 'maths' {message}" in cell.error
+
+
+class Knowing(Together):
+    def details(self, responses: list[str], examples: list[Example]) -> dict[str, list[float]]:
+        return {"lenient": [1.0] * len(responses)}
+
+
+def test_other_scores_of_a_scorer_stand_beside_its_own() -> None:
+    cell = summary(Knowing([1, 0, 0]), *THREE)
+    assert cell.score == pytest.approx(1 / 3)
+    assert {name: found.score for name, found in cell.details.items()} == {"lenient": 1.0}
+    assert cell.from_dict(cell.to_dict()) == cell
+    assert "details" not in summary(by_length, *THREE).to_dict()
