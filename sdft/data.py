@@ -166,10 +166,15 @@ class ContinualDataModule(LightningDataModule):
     def _cached(self, task: Task, split: Split, with_teacher: bool) -> list[Encoded]:
         key = (task, split, with_teacher)
         if key not in self._encoded:
-            limits = (self._limit(self.max_student_tokens), self._limit(self.max_teacher_tokens))
+            limits = (self._limit(self.max_student_tokens), self.teacher_limit)
             encoder = self._student.encoder
             self._encoded[key] = encode_split(encoder, task, split, with_teacher, *limits)
         return self._encoded[key]
+
+    @property
+    def teacher_limit(self) -> int:
+        """Longest teacher prompt, in tokens."""
+        return self._limit(self.max_teacher_tokens)
 
     def _limit(self, tokens: int) -> int:
         """`tokens`, or what the model's context leaves for a prompt where that is less."""
