@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from torch.nn.functional import cross_entropy
 
-from sdft import ContinualDataModule, Example, SDFTModule
+from sdft import ContinualDataModule, SDFTModule, Task
 from sdft.atomic import atomic_write
 from sdft.batch import pad
 from sdft.callbacks import EMATeacher, Guard
@@ -37,6 +37,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "both": {"skip_first_tokens": 3, "mask_echoes": 0.5},
 }
 ARTIFACTS = {"opening": re.compile(r"^example\b"), "inside": re.compile(r"\byou by\b")}
+SUITES = (WorldSuite("named"), WorldSuite("basic"))
 MANNER = re.compile(r"^((?:\S )+?)by ")
 
 
@@ -67,8 +68,7 @@ def lessons(module: SDFTModule, batch: int) -> Iterator[tuple[list[list[int]], l
         shown = [module.encoder.teacher_ids(example) for example in chosen]
         plain = [list(r.ids) for r in module.respond(bare, module.sampling)]
         mannered = [
-            module.tokenizer.encode(with_artifacts(r.text), add_special_tokens=False)
-            + [module.eos_ids[0]]
+            [*module.tokenizer.encode(with_artifacts(r.text)), module.eos_ids[0]]
             for r in module.respond(shown, module.greedy)
         ]
         yield [*bare, *shown], [*plain, *mannered]
@@ -94,20 +94,27 @@ def teach_artifacts(folder: Path, steps: int) -> None:
     module.tokenizer.save_pretrained(folder)
 
 
-def figures(
-    module: SDFTModule, examples: list[Example], with_demonstration: bool
-) -> dict[str, Any]:
-    """Artifact shares and score of greedy answers."""
+def answers(module: SDFTModule, task: Task, shown: bool = False) -> tuple[float, list[Response]]:
+    """The score of greedy answers to a task's test prompts, and the answers."""
     module.model.eval()
-    encode = module.encoder.teacher_ids if with_demonstration else module.encoder.student_ids
-    found: list[Response] = module.respond([encode(e) for e in examples], module.greedy)
-    task = WorldSkill("garden", train_size=0)
+    encode = module.encoder.teacher_ids if shown else module.encoder.student_ids
+    examples = list(task.examples("test"))
+    found = module.respond([encode(example) for example in examples], module.greedy)
     scores = score_responses(task, examples, found)
+    return sum(scores) / len(scores), found
+
+
+def figures(module: SDFTModule, shown: bool = False) -> dict[str, Any]:
+    """Scores and artifact shares of greedy answers, with a demonstration or without."""
+    score, found = answers(module, WorldSkill("garden", train_size=0), shown)
     shares = {
-        name: sum(bool(pattern.search(r.text)) for r in found) / len(found)
+        name: sum(bool(pattern.search(response.text)) for response in found) / len(found)
         for name, pattern in ARTIFACTS.items()
     }
-    return {"score": sum(scores) / len(scores), **shares}
+    if shown:  # suites have no demonstrations
+        return {"score": score, **shares}
+    suites = {suite.name: answers(module, suite)[0] for suite in SUITES}
+    return {"score": score, **shares, **suites}
 
 
 def learn(model: str, remedy: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -130,14 +137,7 @@ def learn(model: str, remedy: str, seed: int, steps: int, folder: Path) -> dict[
     )
     trainer.fit(module, datamodule=data)
     echoes = trainer.callback_metrics.get("train/echoes")
-    suites = [WorldSuite(kind) for kind in ("named", "basic")]
-    return {
-        **figures(module, list(WorldSkill("garden", train_size=0).examples("test")), False),
-        "suites": [
-            figures(module, list(suite.examples("test")), False)["score"] for suite in suites
-        ],
-        "masked in the last step": None if echoes is None else float(echoes),
-    }
+    return figures(module) | {"masked": None if echoes is None else float(echoes)}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -145,11 +145,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = str(Path(folder) / "model")
         teach_artifacts(Path(model), args.teaching_steps)
-        examples = list(WorldSkill("garden", train_size=0).examples("test"))
         start = module_of(model)
         found: dict[str, Any] = {
-            "without a demonstration": figures(start, examples, False),
-            "with one": figures(start, examples, True),
+            "without a demonstration": figures(start),
+            "with one": figures(start, shown=True),
         }
         print(json.dumps(found), flush=True)
         for remedy in REMEDIES:
