@@ -44,20 +44,33 @@ class Artifacts:
 
     Args:
         patterns: Regular expressions; a response carries an artifact where any of them is found.
+        opening_words: A response carries one, too, where it begins with the same so many words as
+            the demonstration of its example, which the student has not seen; 0 does not compare.
 
     Raises:
-        ValueError: A pattern that does not compile.
+        ValueError: A pattern that does not compile, or a negative number of words.
     """
 
-    def __init__(self, patterns: Sequence[str] = DEFAULT_ARTIFACTS) -> None:
+    def __init__(self, patterns: Sequence[str] = DEFAULT_ARTIFACTS, opening_words: int = 0) -> None:
+        if opening_words < 0:
+            raise ValueError(
+                f"retention.artifact_opening_words must be 0 or more, found {opening_words}"
+            )
+        self.opening_words = opening_words
         try:
             self.patterns = [re.compile(pattern) for pattern in patterns]
         except re.error as error:
             raise ValueError(f"artifact pattern {error.pattern!r} is no regex: {error}") from error
 
-    def __call__(self, text: str) -> bool:
-        """Whether any pattern is found in `text`."""
-        return any(pattern.search(text) for pattern in self.patterns)
+    def __call__(self, text: str, example: Example | None = None) -> bool:
+        """Whether any pattern is found in `text`, or it begins as the example's demonstration."""
+        return any(pattern.search(text) for pattern in self.patterns) or self._opens(text, example)
+
+    def _opens(self, text: str, example: Example | None) -> bool:
+        if self.opening_words == 0 or example is None or example.demonstration is None:
+            return False
+        opening = example.demonstration.split()[: self.opening_words]
+        return bool(opening) and text.split()[: self.opening_words] == opening
 
 
 def score_responses(
@@ -122,7 +135,11 @@ def summarise(
         n=n,
         mean_length=sum(response.tokens for response in responses) / n,
         truncated=sum(response.truncated for response in responses) / n,
-        artifact=sum(artifacts(response.text) for response in responses) / n,
+        artifact=sum(
+            artifacts(response.text, example)
+            for response, example in zip(responses, examples, strict=True)
+        )
+        / n,
     )
     try:
         scored = Cell.from_scores(score_responses(task, examples, responses))
