@@ -12,7 +12,6 @@ from sdft.preflight.configured import Configured
 from sdft.preflight.facts import TaskFacts
 from sdft.preflight.footprint import Footprint
 from sdft.preflight.trial import Trial
-from sdft.tasks import Task
 
 
 @dataclass(frozen=True)

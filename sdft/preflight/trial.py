@@ -6,8 +6,10 @@ tokens, memory and whether the gradient is finite are taken from them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import io
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,7 +77,8 @@ def run_trial(configured: Configured, task: Task, items: Sequence[Encoded], step
     module.phases.totals = Ledger()
     module.phases.memory = MemoryMeter(trainer.strategy.root_device)
     try:
-        trainer.fit(module, datamodule=data)
+        with contextlib.redirect_stdout(io.StringIO()):  # methods say what they prepare
+            trainer.fit(module, datamodule=data)
     except (RuntimeError, ValueError) as error:  # out of memory, and what a method refuses
         return Trial(problem=f"no step could be timed: {_first_line(error)}")
     finally:
