@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import echo_examples, make_module, save_model
+from conftest import echo_examples, make_module, save_model, sharpen
 
 from sdft.batch import pad
 from sdft.encoded import Encoded, collate
@@ -20,6 +20,7 @@ ANSWERS = [(9, 10, 11, 1), (12, 9), (10, 11, 12, 13, 9, 1)]
 
 def setting(folder: Path, **options: Any) -> tuple[Any, list[Encoded], list[Response]]:
     module = make_module(folder, **options)
+    sharpen(module.model)
     module.eval()
     items = [
         Encoded(e, module.encoder.student_ids(e), module.encoder.teacher_ids(e))
