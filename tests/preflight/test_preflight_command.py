@@ -15,8 +15,7 @@ from conftest import TEMPLATE, echo_examples, write_jsonl
 import sdft.preflight.command as command
 from sdft.cli import main
 from sdft.methods import SFTModule
-from sdft.preflight.configured import Configured
-from sdft.preflight.trial import run_trial
+from sdft.preflight.trial import Stopwatch, run_trial
 from sdft.weights import weights_digest
 
 QUICK = ("--examples", "4", "--timed_steps", "1")
@@ -124,6 +123,7 @@ def test_limits_are_counted_over_the_whole_task_as_fit_counts_them(model_dir: Pa
     path = configuration(model_dir)
     longer = [{**records(1)[0], "prompt": "a b c d e f"}] * 3
     demonstrated = [{**records(1)[0], "demonstration": "a b c d e f g h"}] * 2
+    longer[0] = {**longer[0], "demonstration": demonstrated[0]["demonstration"]}  # over both
     write_jsonl(Path("train.jsonl"), [*records(20), *longer, *demonstrated])
     limits = ("--data.max_student_tokens", "7", "--data.max_teacher_tokens", "12")
     status, found = look(path, *limits, "--examples", "2")
@@ -207,7 +207,7 @@ def test_overlays_win_and_a_method_without_a_teacher_says_so(model_dir: Path) ->
 def test_timed_steps_change_no_weight(model_dir: Path) -> None:
     path = configuration(model_dir)
     flags = ("--model.optimizer", "torch.optim.AdamW", "--model.optimizer.init_args.lr", "0.1")
-    configured = Configured(["--config", str(path), *flags])
+    configured = command.configure(["--config", str(path), *flags])
     configured.put_in_place()
     before = weights_digest(configured.module.model)
     (task,) = configured.data.tasks
@@ -233,3 +233,12 @@ def test_a_gradient_that_is_no_number_is_a_no(
     status, found = look(configuration(model_dir), "--config", str(overlay))
     assert status == 1
     assert "gradient" in found["tasks"]["echo"]["reasons"][0]["why"]
+
+
+def test_a_broken_gradient_moves_nothing() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.tensor([float("inf"), 1.0])
+    watch = Stopwatch()
+    watch.on_before_optimizer_step(None, None, torch.optim.SGD([parameter], lr=0.0))  # type: ignore[arg-type]
+    assert not watch.finite
+    assert parameter.grad.tolist() == [0.0, 0.0]

@@ -27,6 +27,17 @@ def test_newcombes_interval_is_the_published_one() -> None:
     assert (low, high) == pytest.approx((0.0569, 0.3404), abs=1e-4)
 
 
+def test_newcombes_correction_of_a_positive_correlation() -> None:
+    both, gained, lost, neither = 20, 12, 2, 16
+    first, second = table(both, gained, lost, neither)
+    n, p, q = 50, 32 / 50, 22 / 50
+    (a, b), (c, d) = wilson_interval(32, n), wilson_interval(22, n)
+    phi = (both * neither - gained * lost - n / 2) / (32 * 18 * 22 * 28) ** 0.5
+    below = ((p - a) ** 2 - 2 * phi * (p - a) * (d - q) + (d - q) ** 2) ** 0.5
+    above = ((b - p) ** 2 - 2 * phi * (b - p) * (q - c) + (q - c) ** 2) ** 0.5
+    assert paired_interval(first, second) == pytest.approx((0.2 - below, 0.2 + above))
+
+
 def test_all_alike_still_has_a_width() -> None:
     gap = Gap.of([0.0] * 20, [1.0] * 20)
     assert gap.mean == 1.0
