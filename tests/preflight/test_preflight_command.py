@@ -125,7 +125,7 @@ def test_limits_are_counted_over_the_whole_task_as_fit_counts_them(model_dir: Pa
     demonstrated = [{**records(1)[0], "demonstration": "a b c d e f g h"}] * 2
     longer[0] = {**longer[0], "demonstration": demonstrated[0]["demonstration"]}  # over both
     write_jsonl(Path("train.jsonl"), [*records(20), *longer, *demonstrated])
-    limits = ("--data.max_student_tokens", "7", "--data.max_teacher_tokens", "12")
+    limits = ("--data.max_student_tokens", "7", "--data.max_teacher_tokens", "16")
     status, found = look(path, *limits, "--examples", "2")
     own = found["tasks"]["echo"]
     assert (own["dropped_student"], own["dropped_teacher"]) == (3, 2)
