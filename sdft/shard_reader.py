@@ -126,24 +126,19 @@ def read_whole(folder: Path) -> dict[str, Any]:
     roots = {str(path[0]) for path in _paths(read_index(folder)).values()}
     count = sum(root.startswith(_OPTIMIZER) for root in roots)
     content["state_dict"] = read_tensors(folder, "state_dict.")
-    content["optimizer_states"] = [_numbered(read_optimizer(folder, n)) for n in range(count)]
+    content["optimizer_states"] = [_numbered(_read_optimizer(folder, n)) for n in range(count)]
     return content
 
 
-def read_optimizer(folder: Path, number: int, tensors: bool = True) -> dict[str, Any]:
+def _read_optimizer(folder: Path, number: int) -> dict[str, Any]:
     """The state of one optimizer, by the names of its parameters.
 
     Args:
         folder: The checkpoint.
         number: Which optimizer, from 0.
-        tensors: Read moments, too; None stands for them otherwise.
-
-    Raises:
-        UnpicklingError: The checkpoint would run code.
-        Exception: Whatever torch raises where shards are missing or damaged.
     """
     index, root = read_index(folder), f"{_OPTIMIZER}{number}"
-    values: dict[str, Any] = read_tensors(folder, f"{root}.") if tensors else {}
+    values: dict[str, Any] = read_tensors(folder, f"{root}.")
     plain = [name for name in _plain(index) if name.startswith(f"{root}.")]
     for name, record in _records(folder, index, plain):
         value = torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
@@ -154,7 +149,7 @@ def read_optimizer(folder: Path, number: int, tensors: bool = True) -> dict[str,
         if path[0] == root and len(path) == 4:
             of = state if path[1] == "state" else groups
             own = cast(dict[Any, dict[str, Any]], of).setdefault(path[2], {})
-            own[str(path[3])] = values.get(name.removeprefix(f"{root}."))
+            own[str(path[3])] = values[name.removeprefix(f"{root}.")]
     return {"state": state, "param_groups": [groups[place] for place in sorted(groups)]}
 
 

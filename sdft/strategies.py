@@ -28,7 +28,7 @@ from sdft.checkpoint_reader import check_harmless
 from sdft.checkpoints import agreed_checkpoint, replace_checkpoint
 from sdft.folder_seal import seal_folder
 from sdft.sealed_io import label_of
-from sdft.shard_reader import FACTS, read_optimizer, renamed
+from sdft.shard_reader import FACTS, renamed
 
 MINUTES = 10.0
 _ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
@@ -147,7 +147,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if check is not None:
             check(found)
         if not path.is_file():
-            return self._load_folder(path, weights_only)
+            return super().load_checkpoint(path, weights_only)
         # Lightning takes numbers for those of all parameters, frozen ones included.
         optimizers, self.optimizers = self.optimizers, []
         try:
@@ -156,20 +156,6 @@ class ShardedStrategy(ModelParallelStrategy):
             self.optimizers = optimizers
         for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=False):
             self._load_optimizer(optimizer, state)
-        return checkpoint
-
-    def _load_folder(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
-        # Of an optimizer that has not stepped yet, torch would ask for moments that are not there.
-        held = self.optimizers
-        states = [read_optimizer(path, number, tensors=False) for number in range(len(held))]
-        self.optimizers = [one for one, own in zip(held, states, strict=True) if own["state"]]
-        try:
-            checkpoint = super().load_checkpoint(path, weights_only)
-        finally:
-            self.optimizers = held
-        for optimizer, state in zip(held, states, strict=True):
-            if not state["state"]:
-                self._load_optimizer(optimizer, state)
         return checkpoint
 
     def _load_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -12,15 +12,18 @@ import json
 import logging
 import shlex
 import sys
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from lightning.pytorch import Trainer
 
+from sdft import cli
 from sdft.atomic import atomic_write
-from sdft.preflight.configured import Configured
+from sdft.preflight.configured import HERE, Configured
 from sdft.preflight.estimate import estimate
 from sdft.preflight.facts import TaskFacts
 from sdft.preflight.footprint import footprint
@@ -30,9 +33,46 @@ from sdft.preflight.report import Report
 from sdft.preflight.text import text
 from sdft.preflight.trial import Trial, run_trial
 from sdft.preflight.verdict import Reason, Verdict
-from sdft.redaction import redacted_text
+from sdft.redaction import check_filled, redacted_text
 
 PAGE = "preflight.html"
+
+
+class PreflightCLI(cli.SDFTCLI):
+    """`fit` up to the moment before it runs; writes nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what a run before training cannot have."""
+        config = self.config[self.subcommand]
+        check_filled(config.as_dict())
+        if config.get("ckpt_path"):
+            raise ValueError(
+                "preflight looks at the model before training: leave out ckpt_path, found "
+                f"{config['ckpt_path']!r}; model.model_name may be an exported folder"
+            )
+        clip = config["trainer"]["gradient_clip_val"]
+        if clip is not None and not clip >= 0:
+            raise ValueError(f"trainer.gradient_clip_val must be 0 or more, found {clip}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The run's trainer, in one process, which leaves nothing behind.
+
+        Args:
+            kwargs: Override what is configured.
+        """
+        given = {**self._get(self.config_init, "trainer"), **HERE}
+        given["default_root_dir"] = self.scratch
+        return Trainer(**{**given, **kwargs})
+
+    @property
+    def scratch(self) -> str:
+        """A folder for what must be written somewhere; it goes with the process."""
+        if not hasattr(self, "_scratch"):
+            self._scratch = tempfile.TemporaryDirectory(prefix="sdft-preflight-")
+        return self._scratch.name
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing runs."""
 
 
 def main(args: list[str]) -> int:
@@ -57,8 +97,17 @@ def main(args: list[str]) -> int:
         return 130
 
 
+def configure(args: list[str]) -> Configured:
+    """The run that a command line behind `fit` describes, not begun.
+
+    Raises:
+        ValueError: A configuration that `fit` would refuse.
+    """
+    return Configured(cli.lightning_cli(PreflightCLI, ["fit", *args]))
+
+
 def _look(options: argparse.Namespace, rest: list[str], args: list[str]) -> int:
-    configured = Configured(rest)
+    configured = configure(rest)
     report = _report(configured, options, shlex.join(["python", "-m", "sdft", "preflight", *args]))
     print(text(report))
     path = options.page or configured.root / PAGE

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
 
-from sdft import cli
 from sdft.data import ContinualDataModule
 from sdft.evaluation import Artifacts
-from sdft.redaction import check_filled
 from sdft.seeding import run_seed
 from sdft.student import StudentModule
 from sdft.tasks import Split
@@ -58,48 +55,11 @@ class Measured:
     artifacts: Artifacts
 
 
-class PreflightCLI(cli.SDFTCLI):
-    """`fit` up to the moment before it runs; writes nothing."""
-
-    def before_instantiate_classes(self) -> None:
-        """Refuse what a run before training cannot have."""
-        config = self.config[self.subcommand]
-        check_filled(config.as_dict())
-        if config.get("ckpt_path"):
-            raise ValueError(
-                "preflight looks at the model before training: leave out ckpt_path, found "
-                f"{config['ckpt_path']!r}; model.model_name may be an exported folder"
-            )
-        clip = config["trainer"]["gradient_clip_val"]
-        if clip is not None and not clip >= 0:
-            raise ValueError(f"trainer.gradient_clip_val must be 0 or more, found {clip}")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The run's trainer, in one process, which leaves nothing behind.
-
-        Args:
-            kwargs: Override what is configured.
-        """
-        given = {**self._get(self.config_init, "trainer"), **HERE}
-        given["default_root_dir"] = self.scratch
-        return Trainer(**{**given, **kwargs})
-
-    @property
-    def scratch(self) -> str:
-        """A folder for what must be written somewhere; it goes with the process."""
-        if not hasattr(self, "_scratch"):
-            self._scratch = tempfile.TemporaryDirectory(prefix="sdft-preflight-")
-        return self._scratch.name
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing runs."""
-
-
 class Configured:
     """A run as its configuration has it, not begun.
 
     Args:
-        args: The command line behind `fit`.
+        commandline: Has parsed and instantiated it (`sdft.preflight.command`).
 
     Attributes:
         module: The method; its model is not loaded yet.
@@ -112,13 +72,10 @@ class Configured:
         root: `trainer.default_root_dir`.
         measured: What the run will evaluate.
         seed: The run's.
-
-    Raises:
-        ValueError: A configuration that `fit` would refuse.
     """
 
-    def __init__(self, args: list[str]) -> None:
-        self._cli = cli.lightning_cli(PreflightCLI, ["fit", *args])
+    def __init__(self, commandline: Any) -> None:
+        self._cli = commandline
         self.module = cast(StudentModule, self._cli.model)
         self.data = cast(ContinualDataModule, self._cli.datamodule)
         self.teacher: Any = self._cli._get(self._cli.config_init, "teacher")
@@ -137,7 +94,7 @@ class Configured:
         Args:
             callbacks: Its callbacks beside the teacher's.
         """
-        return self._cli.instantiate_trainer(callbacks=[self.teacher, *callbacks])
+        return cast(Trainer, self._cli.instantiate_trainer(callbacks=[self.teacher, *callbacks]))
 
     def put_in_place(self) -> None:
         """Load the model and put it where training would, in the same precision."""

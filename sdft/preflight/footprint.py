@@ -83,7 +83,11 @@ def footprint(configured: Configured, facts: Sequence[TaskFacts], optimizer: str
     student = max(len(item.student_ids) for item in items)
     teacher = max(len(item.teacher_ids) for item in items)
     work = _workload(configured, student, teacher)
-    lines = _as_run(memory_lines(shape, work, _storage(configured, optimizer)), configured)
+    keep = _storage(configured, optimizer)
+    lines = _as_run(memory_lines(shape, work, keep), configured)
+    if not keep.lora_rank:
+        others = configured.module.copies[1:]  # the calculator knows of the teacher alone
+        lines += [Line(n, 4 * shape.parameters / keep.gpus, "4 B × P") for n in others]
     return Footprint(peak(lines), lines, available)
 
 

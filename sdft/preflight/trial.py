@@ -6,8 +6,10 @@ tokens, memory and whether the gradient is finite are taken from them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import io
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from sdft.cost import TRAINING, Ledger
+from sdft.cost import Ledger
 from sdft.data import ContinualDataModule
 from sdft.encoded import Encoded
 from sdft.examples import Example
@@ -29,6 +31,8 @@ from sdft.methods.offline import OfflineModule
 from sdft.preflight.configured import Configured
 from sdft.student import StudentModule
 from sdft.tasks import Split, Task
+
+_STEP = ("generate", "score", "update", "track")
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ def run_trial(configured: Configured, task: Task, items: Sequence[Encoded], step
     module.phases.totals = Ledger()
     module.phases.memory = MemoryMeter(trainer.strategy.root_device)
     try:
-        trainer.fit(module, datamodule=data)
+        with contextlib.redirect_stdout(io.StringIO()):  # methods say what they prepare
+            trainer.fit(module, datamodule=data)
     except (RuntimeError, ValueError) as error:  # out of memory, and what a method refuses
         return Trial(problem=f"no step could be timed: {_first_line(error)}")
     finally:
@@ -195,7 +200,7 @@ class Stopwatch(Callback):
             return Trial(problem="no step could be timed: the method trains on no batch")
         seconds, ledgers = self.seconds[1:] or self.seconds, self.ledgers[1:] or self.ledgers
         count = len(seconds)
-        names = [name for name in (*TRAINING, "track") if any(own[name].seconds for own in ledgers)]
+        names = [name for name in _STEP if any(own[name].seconds for own in ledgers)]
         return Trial(
             seconds=sum(seconds) / count,
             phases={name: sum(own[name].seconds for own in ledgers) / count for name in names},

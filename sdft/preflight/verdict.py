@@ -176,8 +176,8 @@ def _poor_teacher(facts: TaskFacts) -> Iterator[Reason]:
     if facts.with_it is not None and facts.with_it.score < POOR_TEACHER:
         yield Reason(
             "weak",
-            f"with the demonstration before its eyes the model solves {_share(facts.with_it)}, and "
-            "the student cannot become better than its teacher",
+            f"even with the demonstration before its eyes the model solves little "
+            f"({_share(facts.with_it)}), and the student hardly becomes better than its teacher",
             "reword model.teacher_template, or take a larger model",
         )
 
@@ -214,7 +214,7 @@ def _truncated(facts: TaskFacts) -> Iterator[Reason]:
             grade,
             f"{own.truncated:.0%} of the {whose} do not end within model.max_new_tokens "
             f"({facts.limit}; median {own.p50}, longest {own.longest})",
-            "raise model.max_new_tokens" if grade == "no" else "raise it, unless they ramble",
+            "raise model.max_new_tokens" + ("" if worst == "no" else ", unless they ramble"),
         )
 
 
@@ -260,4 +260,4 @@ RULES: tuple[Callable[[TaskFacts], Iterator[Reason]], ...] = (
 
 def _share(own: Any) -> str:
     low, high = own.ci95
-    return f"{own.score:.2f}, {low:.2f}–{high:.2f}"
+    return f"{own.score:.2f}, interval {low:.2f}–{high:.2f}"

@@ -38,8 +38,8 @@ def nats(mean: Mean | None) -> str:
     if mean is None:
         return "n/a"
     if mean.ci95 is None:
-        return f"{mean.mean:.3f} nats per token"
-    return f"{mean.mean:.3f} ({mean.ci95[0]:.3f}–{mean.ci95[1]:.3f}) nats per token"
+        return f"{mean.mean:.3g} nats per token"
+    return f"{mean.mean:.3g} ({mean.ci95[0]:.3g}–{mean.ci95[1]:.3g}) nats per token"
 
 
 def length_cells(own: Lengths) -> list[str]:

@@ -110,20 +110,6 @@ def test_this_run_s_settings_win(begun: Path, tmp_path: Path) -> None:
     assert not torch.equal(expected[1]["state_dict"][name], unchanged[1]["state_dict"][name])
 
 
-def test_an_optimizer_without_a_state(tmp_path: Path) -> None:
-    """Plain descent: no moments to save, none to load."""
-    work_all([job(tmp_path, "folder", "sdft", every_step=True)], tmp_path)
-    checkpoint = str(tmp_path / "sdft" / "steps" / f"step={STEP}.ckpt")
-    jobs = [job(tmp_path / s, s, "sdft", ckpt_path=checkpoint) for s in ("one", "folder")]
-    work_all(jobs, tmp_path / "again")
-    _, expected, report = left(tmp_path, "sdft")
-    for strategy in ("one", "folder"):
-        _, found, found_report = left(tmp_path / strategy, "sdft")
-        assert_close(found["state_dict"], expected["state_dict"])
-        assert all(not own for own in found["optimizer_states"][0]["state"].values())
-        assert_close(found_report, report)
-
-
 def test_noise_of_shards_and_dropout_is_reproducible(tmp_path: Path) -> None:
     """bf16 moments and teacher, rounded at random, and dropout: resumed bit for bit."""
     strategies = ("ddp", "fsdp")
