@@ -150,14 +150,14 @@ class CheckpointFolder:
         """
         path = self.path / name
         replace_checkpoint(temporary, path)
-        self._point(path)
+        self.point(path)
         sync_folder(self.path)
         steps = [one for one in self.found() if one.is_step]
         for one in steps[keep_steps:]:
             remove(one.path)
         return path
 
-    def _point(self, path: Path) -> None:
+    def point(self, path: Path) -> None:
         """Make `last.ckpt` another name of the checkpoint, atomically."""
         alias = temporary_path(self.path / LAST)
         last = self.path / LAST

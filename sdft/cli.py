@@ -37,6 +37,7 @@ from sdft.callbacks import (
     CostReport,
     EMATeacher,
     Filters,
+    Gate,
     Guard,
     ModelExport,
     Predictions,
@@ -52,6 +53,7 @@ from sdft.checkpoint_reader import check_harmless
 from sdft.checkpoints import find_checkpoint, start_of_run
 from sdft.configuration import Configuration
 from sdft.data import ContinualDataModule
+from sdft.gate.stop import GateRetry, GateStop
 from sdft.guard import GuardStop
 from sdft.interruption import Interrupted
 from sdft.messages import check_yaml, clear_message
@@ -111,6 +113,7 @@ class SDFTCLI(LightningCLI):
         parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(Filters, "filters")
         parser.add_lightning_class_args(Review, "review")
+        parser.add_lightning_class_args(Gate, "gate")
         parser.add_lightning_class_args(StageWatch, "watch")
         parser.add_lightning_class_args(Retention, "retention")
         parser.add_lightning_class_args(Samples, "samples")
@@ -207,13 +210,13 @@ def main(args: list[str] | None = None) -> int:
             check_yaml(path)
         if words and words[0] in COMMANDS:
             return int(import_module(COMMANDS[words[0]]).main(words[1:]))
-        lightning_cli(SDFTCLI, None if args is None and words == sys.argv[1:] else words)
+        _fit_until_accepted(None if args is None and words == sys.argv[1:] else words)
         part_ways()
     except SIGTERMException as ended:
         if _is_first():
             print(f"sdft: {farewell(ended, words)}", file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else 128 + signal.SIGTERM
-    except (GuardStop, ReviewStop) as stop:
+    except (GateStop, GuardStop, ReviewStop) as stop:
         print(f"sdft: {stop}", file=sys.stderr)
         return 3
     except (ValueError, OSError, MisconfigurationException) as error:
@@ -248,6 +251,17 @@ def farewell(ended: SIGTERMException, words: Sequence[str]) -> str:
         skip = word == "--ckpt_path"
     command = ["python", "-m", "sdft", *kept, "--ckpt_path", str(ended.checkpoint)]
     return f"{ended}; go on with\n  {shlex.join(command)}"
+
+
+def _fit_until_accepted(args: list[str] | None) -> None:
+    """Do what the command line says, again where the gate wants it otherwise."""
+    while True:
+        try:
+            lightning_cli(SDFTCLI, args)
+            return
+        except GateRetry as retry:
+            args = retry.command_line(sys.argv[1:] if args is None else args)
+            print(f"{retry}; trying again:\n  {shlex.join(['python', '-m', 'sdft', *args])}")
 
 
 def lightning_cli(kind: type[CLIT], args: list[str] | None) -> CLIT:
