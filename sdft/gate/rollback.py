@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def withdraw_after(folder: Path, good: Path | None) -> list[Path]:
         last.unlink(missing_ok=True)
     sync_folder(folder)
     return moved
+
+
+def restore(path: Path) -> Path:
+    """Give a checkpoint that was put aside its own name again; returns it."""
+    if not path.name.startswith(WITHDRAWN):
+        return path
+    found = re.fullmatch(rf"{WITHDRAWN}(.+?)(\.\d+)?\.ckpt", path.name)
+    assert found is not None
+    target = path.with_name(f"{found[1]}.ckpt")
+    if target.exists():
+        _put_aside(target)  # another attempt at the same stage
+    os.rename(path, target)
+    return target
 
 
 def _put_aside(path: Path) -> Path:
