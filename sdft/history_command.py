@@ -86,7 +86,7 @@ def _runs(root: Path) -> list[Path]:
 
 
 def _of_version(one: Version, entry: Entry | None) -> dict[str, Any]:
-    decision = "not judged" if entry is None else entry.decision
+    decision: str = "not judged" if entry is None else entry.decision
     if one.withdrawn and decision not in ("rejected", "rolled back"):
         decision += ", put aside"
     return {
