@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -47,7 +45,7 @@ from sdft.checkpoint_reader import check_harmless
 from sdft.checkpoints import find_checkpoint, start_of_run
 from sdft.configuration import Configuration
 from sdft.data import ContinualDataModule
-from sdft.interruption import Interrupted
+from sdft.interruption import farewell
 from sdft.messages import check_yaml, clear_message
 from sdft.module import SDFTModule
 from sdft.ranks import part_ways
@@ -207,26 +205,6 @@ def main(args: list[str] | None = None) -> int:
 def _is_first() -> bool:
     """Whether this is the process that speaks for all of its run, as far as is known already."""
     return not getattr(rank_zero_only, "rank", None)
-
-
-def farewell(ended: SIGTERMException, words: Sequence[str]) -> str:
-    """What a run says that a signal has ended, with the command that goes on.
-
-    Args:
-        ended: What has ended it.
-        words: Its command line.
-    """
-    if not isinstance(ended, Interrupted):
-        return "terminated; go on with --ckpt_path last"
-    if ended.checkpoint is None:
-        return f"{ended}: start it again"
-    kept, skip = [], False
-    for word in words:
-        if not skip and word != "--ckpt_path" and not word.startswith("--ckpt_path="):
-            kept.append(word)
-        skip = word == "--ckpt_path"
-    command = ["python", "-m", "sdft", *kept, "--ckpt_path", str(ended.checkpoint)]
-    return f"{ended}; go on with\n  {shlex.join(command)}"
 
 
 def _run_lightning(args: list[str] | None) -> None:

@@ -19,6 +19,9 @@ _MASK_BLOCK = 64  # tokens for which a mask is laid out ahead
 class Forward(Protocol):
     """R prompts that grow by a token at a time.
 
+    Logits are `[R, V]` or in K blocks `[R, K, V / K]`, as `sdft.sampler.draw` takes them; the last
+    block may go on behind the vocabulary with −inf.
+
     Attributes:
         capturable: Whether `step` is free of host decisions while `reserve` returns false, as CUDA
             graphs demand.
@@ -30,13 +33,13 @@ class Forward(Protocol):
     stateless: bool
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts; logits `[R, V]` of the tokens that follow them."""
+        """Read the prompts; logits of the tokens that follow them."""
 
     def reserve(self) -> bool:
         """Make room for the next step; whether memory moved."""
 
     def step(self, ids_R: Tensor) -> Tensor:
-        """Append one token to every row; logits `[R, V]` of the tokens that follow."""
+        """Append one token to every row; logits of the tokens that follow."""
 
     def select(self, rows_K: Tensor) -> None:
         """Keep these rows, in this order; a row may be kept several times."""

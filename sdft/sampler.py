@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdft.rollout import Sampling
 
-_BLOCK = 128  # tokens whose weights are summed first, to look among the sums
+BLOCK = 128
+"""Tokens whose weights are summed first, to look among the sums."""
 _BLOCKS_FROM = 1024  # vocabulary at which the second look-up costs less than a long running sum
 
 
-def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
+def draw(logits: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
     """One token per row by inverting the cumulative distribution; the likeliest when greedy.
 
     Args:
-        logits_BV: Any float dtype; computed in fp32.
+        logits: `[B, V]`, or in K blocks `[B, K, V / K]`; any float dtype, computed in fp32.
         sampling: Temperature, top-k, top-p, in this order.
         uniform_B: Uniform numbers in [0, 1); unused when greedy.
 
@@ -29,8 +31,10 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
         Token ids `[B]`. A token of probability 0 is never drawn.
     """
     if sampling.temperature == 0:
-        return logits_BV.max(-1).indices  # on the CPU several times as fast as argmax
-    return _invert(shaped(logits_BV, sampling), uniform_B)
+        return logits.flatten(1).max(-1).indices  # on the CPU several times as fast as argmax
+    if logits.dim() == 3 and sampling.top_k == 0 and sampling.top_p == 1:
+        return _invert_blocks(_weights(shaped(logits, sampling)), uniform_B)
+    return _invert(shaped(logits.flatten(1), sampling), uniform_B)
 
 
 def shaped(logits_BV: Tensor, sampling: Sampling) -> Tensor:
@@ -56,7 +60,18 @@ def _invert(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     if logits_BV.shape[-1] < _BLOCKS_FROM:
         running_BV = logits_BV.softmax(-1).cumsum(-1)
         return _search(running_BV, uniform_B[:, None] * running_BV[:, -1:]).squeeze(-1)
-    weights_BKW = _weights(logits_BV)
+    blocks = -(-logits_BV.shape[-1] // BLOCK)
+    filled_BP = F.pad(logits_BV, (0, blocks * BLOCK - logits_BV.shape[-1]), value=-math.inf)
+    return _invert_blocks(_weights(filled_BP.view(-1, blocks, BLOCK)), uniform_B)
+
+
+def _weights(logits_BKW: Tensor) -> Tensor:
+    """Probabilities up to a factor per row, `[B, K, W]`."""
+    return torch.sub(logits_BKW, logits_BKW.amax((1, 2), keepdim=True)).exp_()
+
+
+def _invert_blocks(weights_BKW: Tensor, uniform_B: Tensor) -> Tensor:
+    """`_invert` by a look among the blocks' sums and another within the block."""
     sums_BK = weights_BKW.sum(-1)
     running_BK = sums_BK.cumsum(-1)
     target_B1 = uniform_B[:, None] * running_BK[:, -1:]
@@ -65,17 +80,7 @@ def _invert(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     row_B1 = torch.arange(len(uniform_B), device=uniform_B.device)[:, None]
     running_BW = weights_BKW[row_B1, block_B1].squeeze(1).cumsum(-1)
     within_B1 = _search(running_BW, (target_B1 - before_B1).clamp_(min=0))
-    return (block_B1 * _BLOCK + within_B1).squeeze(-1)
-
-
-def _weights(logits_BV: Tensor) -> Tensor:
-    """Probabilities up to a factor per row, in K blocks filled up with zeros, `[B, K, _BLOCK]`."""
-    rows, tokens = logits_BV.shape
-    weights_BP = logits_BV.new_empty(rows, -(-tokens // _BLOCK) * _BLOCK)
-    weights_BP[:, tokens:] = 0
-    likeliest_B1 = logits_BV.amax(-1, keepdim=True)
-    torch.sub(logits_BV, likeliest_B1, out=weights_BP[:, :tokens]).exp_()
-    return weights_BP.view(rows, -1, _BLOCK)
+    return (block_B1 * weights_BKW.shape[-1] + within_B1).squeeze(-1)
 
 
 def _search(running_BX: Tensor, target_B1: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from sdft.flat_sharding import is_flat
 from sdft.lora import LoRA
 from sdft.losses import sequence_mean, token_entropy
 from sdft.models import DTYPES, WORLD, ModelSource
-from sdft.optim import check_rates
+from sdft.optim import check_rates, fuse_on_cpu
 from sdft.penalties import Penalty
 from sdft.placement import spread
 from sdft.prompts import Sees, TeacherTemplate
@@ -186,6 +186,7 @@ class StudentModule(SharedSteps):
         """The optimizer over the student's parameters alone, and its schedule."""
         optimizer = self.optimizer(p for p in self.model.parameters() if p.requires_grad)
         check_rates(optimizer, self.trainer.gradient_clip_val)
+        fuse_on_cpu(optimizer)
         scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, StageSchedule):
             scheduler.plan(task_stream(self.trainer).schedule_parts())

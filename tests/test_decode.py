@@ -28,9 +28,16 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 from sdft.decode import DecodeEngine
 from sdft.direct import DirectForward
 from sdft.forward import ModelForward
+from sdft.fused import FusedForward
 from sdft.rollout import GenerateEngine, Rollout, Sampling
 
-ENGINES = {"decode": DecodeEngine(), "by forward": DecodeEngine(direct=False)}
+FUSED = {name for name in DIRECT if name != "llama3"}  # which has biases all over
+ENGINES = {
+    "decode": DecodeEngine(fused=False),
+    "fused": DecodeEngine(fused=True),
+    "by forward": DecodeEngine(direct=False),
+}
+FORWARDS: tuple[type, ...] = (DirectForward, FusedForward, ModelForward)
 REFERENCE = GenerateEngine()
 
 
@@ -95,7 +102,7 @@ def test_equal_prompts_are_read_once(
     expected = REFERENCE.generate(model, repeated, greedy(8), SOME, 0)
     engine.generate(model, given, greedy(1), [], 0)  # the first time logits are compared
     rows: list[int] = []
-    for forward in (DirectForward, ModelForward):
+    for forward in FORWARDS:
         watch(monkeypatch, forward, "prefill", lambda _, prompts: rows.append(len(prompts)))
     assert same(engine.generate(model, repeated, greedy(8), SOME, 0), expected)
     assert rows == [len({tuple(prompt) for prompt in given})]
@@ -132,13 +139,32 @@ def test_no_model_with_keys_and_values_goes_through_generate(
     model = lively(name)
     monkeypatch.setattr(model, "generate", None)
     steps: list[type] = []
-    for forward in (DirectForward, ModelForward):
+    for forward in FORWARDS:
         watch(monkeypatch, forward, "step", lambda self, _: steps.append(type(self)))
     engine.generate(model, prompts(1), greedy(1), [], 0)  # the first time logits are compared
     steps.clear()
     engine.generate(model, prompts(1), greedy(5), [], 0)
-    directly = engine.direct and name in DIRECT
-    assert set(steps) == {DirectForward if directly else ModelForward}
+    expected: type = ModelForward
+    if engine.direct and name in DIRECT:
+        expected = FusedForward if engine.fused and name in FUSED else DirectForward
+    assert set(steps) == {expected}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "chosen"),
+    [(16, 2**30, FusedForward), (15, 2**30, DirectForward), (16, 2**10, DirectForward)],
+)
+def test_weights_are_copied_where_that_pays(
+    tokens: int, most: int, chosen: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lively("llama")
+    monkeypatch.setattr("sdft.fused.MOST_BYTES", most)
+    assert type(DecodeEngine()._forward(model, [2, 3], tokens, 0)) is chosen
+
+
+def test_a_model_in_half_precision_is_not_copied() -> None:
+    model = lively("llama").bfloat16()
+    assert type(DecodeEngine(fused=True)._forward(model, [2, 3], 40, 0)) is DirectForward
 
 
 def test_a_recurrent_model_goes_through_generate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +215,8 @@ def test_draws_depend_on_the_seed_the_row_and_the_step_alone(
 
 def test_every_way_draws_the_same() -> None:
     model, given = lively("qwen2"), prompts(2, count=8)
-    ways = [seeded(engine, model, given, SOME) for engine in ENGINES.values()]
-    assert same(*ways)
+    first, *others = (seeded(engine, model, given, SOME) for engine in ENGINES.values())
+    assert all(same(first, other) for other in others)
 
 
 def seeded(

@@ -22,6 +22,7 @@ from sdft.direct import DirectForward
 from sdft.graph import StepGraph
 from sdft.rollout import GenerateEngine, Sampling
 
+ENGINE = DecodeEngine(fused=False)  # as on CUDA, where weights are never copied
 PROMPTS = [[3, 9, 10, 4], [3, 12, 4], [3, 13, 14, 15, 16, 9, 4], [3, 12, 4], [5] * 300] * 3
 
 
@@ -105,7 +106,7 @@ def test_rollouts_are_the_same_with_graphs(
     model = sharpen(make(), 4.0).double()
     expected = rollout(DecodeEngine(direct=False), model, eos_ids, sampling)
     assert uses.captures == 0
-    assert rollout(DecodeEngine(), model, eos_ids, sampling) == expected
+    assert rollout(ENGINE, model, eos_ids, sampling) == expected
     assert uses.captures > 0
     assert uses.replays > (0 if eos_ids else 50)
 
@@ -120,7 +121,7 @@ def rollout(
 def test_a_graph_is_captured_anew_when_the_cache_grows(uses: Uses) -> None:
     model = sharpen(make_model(max_position_embeddings=1024)).double()
     long, greedy = [[3, 9, 10, 4] * 50, [5] * 240], Sampling(60, 0.0)
-    found = DecodeEngine().generate(model, long, greedy, [], 0)
+    found = ENGINE.generate(model, long, greedy, [], 0)
     assert uses.captures == 2  # 256 columns, then 512
     expected = GenerateEngine().generate(model, long, greedy, [], 0)
     assert found.completions() == expected.completions()
@@ -139,13 +140,13 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     with caplog.at_level(logging.WARNING):
-        assert rollout(DecodeEngine(), model, [], Sampling(60)) == expected
+        assert rollout(ENGINE, model, [], Sampling(60)) == expected
     assert [r.levelname for r in caplog.records if r.name == sdft.graph.__name__] == ["WARNING"]
     assert uses.replays == 0
 
 
 def test_short_rollouts_are_not_captured(uses: Uses) -> None:
-    rollout(DecodeEngine(), make_model(), [], Sampling(8))
+    rollout(ENGINE, make_model(), [], Sampling(8))
     assert uses.captures == 0
 
 
@@ -169,7 +170,7 @@ def test_cuda_graphs_give_what_generate_gives(
     for greedy in (Sampling(60, 0.0), Sampling(300, 0.0)):
         for _ in range(2):
             expected = GenerateEngine().generate(model, PROMPTS, greedy, eos_ids, 0)
-            found = DecodeEngine().generate(model, PROMPTS, greedy, eos_ids, 0)
+            found = ENGINE.generate(model, PROMPTS, greedy, eos_ids, 0)
             assert found.completions() == expected.completions()
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -182,6 +183,6 @@ def test_cuda_graphs_give_what_generate_gives(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graphs_draw_what_eager_steps_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sharpen(make_qwen2(), 4.0).double().cuda()
-    graphs = rollout(DecodeEngine(), model, [1], Sampling(60))
+    graphs = rollout(ENGINE, model, [1], Sampling(60))
     monkeypatch.setattr(sdft.graph, "_PAYS_FROM", 10**9)
-    assert rollout(DecodeEngine(), model, [1], Sampling(60)) == graphs
+    assert rollout(ENGINE, model, [1], Sampling(60)) == graphs

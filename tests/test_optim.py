@@ -1,16 +1,19 @@
-"""AdamW with bfloat16 moments against torch's AdamW."""
+"""AdamW with bfloat16 moments against torch's AdamW, and torch's in one pass."""
 
 from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import make_model
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from sdft.optim import AdamWBF16
+from sdft.optim import AdamWBF16, fuse_on_cpu
+from sdft.student import StudentModule
 
 
 def train(
@@ -127,3 +130,38 @@ def test_restored_moments_are_bf16_and_go_on_alike() -> None:
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(one, other)
         assert again.state[other]["exp_avg"].dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- torch's in one pass
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_one_pass_is_the_same_arithmetic(kind: type[torch.optim.Optimizer]) -> None:
+    plain, fused = network(), network()
+    optimizers = [kind(m.parameters(), lr=1e-2, weight_decay=0.01) for m in (plain, fused)]  # type: ignore[call-arg]
+    fuse_on_cpu(optimizers[1])
+    assert [o.param_groups[0]["fused"] for o in optimizers] == [None, True]
+    train(plain, optimizers[0], 50)
+    train(fused, optimizers[1], 50)
+    torch.testing.assert_close(plain.weight, fused.weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chosen", [{"fused": False}, {"foreach": True}, {"differentiable": True}])
+def test_what_somebody_chose_stays(chosen: dict[str, bool]) -> None:
+    optimizer = torch.optim.AdamW(network().parameters(), **chosen)
+    before = dict(optimizer.param_groups[0])
+    fuse_on_cpu(optimizer)
+    assert optimizer.param_groups[0] == before
+
+
+def test_other_optimizers_and_types_stay() -> None:
+    sgd = torch.optim.SGD(network().parameters(), lr=0.1)
+    half = torch.optim.AdamW(network().bfloat16().parameters())
+    for optimizer in (sgd, half):
+        fuse_on_cpu(optimizer)
+        assert optimizer.param_groups[0]["fused"] is None
+
+
+def test_mixed_precision_still_clips(fit: Callable[..., tuple[Trainer, StudentModule]]) -> None:
+    trainer, _ = fit(precision="bf16-mixed", gradient_clip_val=0.5, max_steps=1)
+    assert trainer.optimizers[0].param_groups[0]["fused"]

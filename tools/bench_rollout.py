@@ -42,6 +42,7 @@ from sdft.world import WorldSkill
 
 ENGINES: dict[str, RolloutEngine] = {
     "ours": DecodeEngine(),
+    "ours, weights not copied": DecodeEngine(fused=False),
     "ours, by forward": DecodeEngine(direct=False),
     "generate, dynamic cache": GenerateEngine(),
     "generate, static cache": GenerateEngine("static"),
