@@ -13,7 +13,6 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +54,7 @@ from sdft.configuration import Configuration
 from sdft.data import ContinualDataModule
 from sdft.gate.stop import GateRetry, GateStop
 from sdft.guard import GuardStop
-from sdft.interruption import Interrupted
+from sdft.interruption import farewell
 from sdft.messages import check_yaml, clear_message
 from sdft.module import SDFTModule
 from sdft.ranks import part_ways
@@ -234,26 +233,6 @@ def _is_first() -> bool:
     return not getattr(rank_zero_only, "rank", None)
 
 
-def farewell(ended: SIGTERMException, words: Sequence[str]) -> str:
-    """What a run says that a signal has ended, with the command that goes on.
-
-    Args:
-        ended: What has ended it.
-        words: Its command line.
-    """
-    if not isinstance(ended, Interrupted):
-        return "terminated; go on with --ckpt_path last"
-    if ended.checkpoint is None:
-        return f"{ended}: start it again"
-    kept, skip = [], False
-    for word in words:
-        if not skip and word != "--ckpt_path" and not word.startswith("--ckpt_path="):
-            kept.append(word)
-        skip = word == "--ckpt_path"
-    command = ["python", "-m", "sdft", *kept, "--ckpt_path", str(ended.checkpoint)]
-    return f"{ended}; go on with\n  {shlex.join(command)}"
-
-
 def _fit_until_accepted(args: list[str] | None) -> None:
     """Do what the command line says, again where the gate wants it otherwise."""
     while True:
@@ -262,7 +241,8 @@ def _fit_until_accepted(args: list[str] | None) -> None:
             return
         except GateRetry as retry:
             args = retry.command_line(sys.argv[1:] if args is None else args)
-            print(f"{retry}; trying again:\n  {shlex.join(['python', '-m', 'sdft', *args])}")
+            command = redacted_text(shlex.join(["python", "-m", "sdft", *args]))
+            print(f"{retry}; trying again:\n  {command}")
 
 
 def lightning_cli(kind: type[CLIT], args: list[str] | None) -> CLIT:
