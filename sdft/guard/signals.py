@@ -37,7 +37,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "truncated": Rule(noise=0.05),
         "repetition": Rule(noise=0.03, above=0.5),
         "kl_base": Rule(noise=0.05, above=1.0, patience=2),
-        GRADIENT: Rule(deviations=10.0, ratio=10.0, noise=0.05),
+        GRADIENT: Rule(deviations=10.0, ratio=5.0, noise=0.05),
     }
 )
 """Signal → the rule it has by default."""
