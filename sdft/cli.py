@@ -22,7 +22,7 @@ import transformers
 import yaml
 from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -79,6 +79,23 @@ COMMANDS: dict[str, str] = {
 }
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
 
+CALLBACKS: dict[str, type[Callback]] = {
+    "teacher": EMATeacher,
+    "guard": Guard,
+    "filters": Filters,
+    "review": Review,
+    "gate": Gate,
+    "watch": StageWatch,
+    "retention": Retention,
+    "samples": Samples,
+    "cost": CostReport,
+    "checkpoint": StageCheckpoint,
+    "export": ModelExport,
+}
+"""Top-level keys → the callback of every run whose arguments they hold."""
+
+GROUPS = ("trainer", *CALLBACKS)
+
 SYNC = "It is recommended to use `self.log"  # values are those of all processes already
 
 EPILOG = f"Beside these: {', '.join(COMMANDS)} (python -m sdft COMMAND --help)."
@@ -109,17 +126,8 @@ class SDFTCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys `teacher`, `guard`, `watch`, `retention`, `samples` and the others."""
-        parser.add_lightning_class_args(EMATeacher, "teacher")
-        parser.add_lightning_class_args(Guard, "guard")
-        parser.add_lightning_class_args(Filters, "filters")
-        parser.add_lightning_class_args(Review, "review")
-        parser.add_lightning_class_args(Gate, "gate")
-        parser.add_lightning_class_args(StageWatch, "watch")
-        parser.add_lightning_class_args(Retention, "retention")
-        parser.add_lightning_class_args(Samples, "samples")
-        parser.add_lightning_class_args(CostReport, "cost")
-        parser.add_lightning_class_args(StageCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(ModelExport, "export")
+        for key, kind in CALLBACKS.items():
+            parser.add_lightning_class_args(kind, key)
         parser.set_defaults(
             {
                 "model": {"class_path": "sdft.module.SDFTModule"},
@@ -206,8 +214,9 @@ def main(args: list[str] | None = None) -> int:
         for word in (sys.argv[1:] if args is None else args)
     ]
     try:
+        groups = () if words and words[0] in COMMANDS else GROUPS
         for path in config_files(words):
-            check_yaml(path)
+            check_yaml(path, groups)
         if words and words[0] in COMMANDS:
             return int(import_module(COMMANDS[words[0]]).main(words[1:]))
         _fit_until_accepted(None if args is None and words == sys.argv[1:] else words)

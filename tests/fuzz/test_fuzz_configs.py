@@ -135,7 +135,7 @@ def run(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 KEYS = list(places(base(Path(), Path())))
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(KEYS), st.sampled_from(["replace", "replace", "delete", "add"]), values)
 def test_one_thing_is_wrong(
     tmp_path: Path,
@@ -156,7 +156,7 @@ def test_one_thing_is_wrong(
         run(file, capsys)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_the_text_is_wrong(
     tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], data: st.DataObject
