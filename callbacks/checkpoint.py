@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -192,7 +191,7 @@ class StageCheckpoint(AfterStep, Checkpoint):
         with _naming(folder.path / name, folder):
             try:
                 trainer.save_checkpoint(temporary, weights_only=False)
-                seal_unsealed(temporary, {"written": time.time_ns(), **_place(trainer)})
+                seal_unsealed(temporary, _place(trainer))
                 if trainer.is_global_zero:
                     folder.put(temporary, name, self.keep_last)
             except BaseException:
@@ -277,12 +276,13 @@ def _cause(error: BaseException) -> OSError | None:
 
 
 def _place(trainer: Trainer) -> dict[str, Any]:
-    """Where the run stands, as plain values."""
+    """Where the run stands, as plain values, and when."""
     data, stage = task_stream(trainer), trainer.current_epoch
     retention = [c for c in trainer.callbacks if isinstance(c, Retention)]  # type: ignore[attr-defined]
     row = retention[0].rows[-1] if retention and retention[0].rows else []
     names = retention[0].columns if retention else []
     return {
+        "written": CheckpointFolder(run_folder(trainer) / FOLDER).now(),
         "step": trainer.global_step,
         "stage": stage,
         "stages": len(data.tasks),

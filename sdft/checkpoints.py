@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +136,10 @@ class CheckpointFolder:
         for old in self.path.glob(f"*{_OLD}"):  # a kill came between two renames
             if old.with_name(f"{old.name.removesuffix(_OLD)}.ckpt").exists():
                 remove(old)
+
+    def now(self) -> int:
+        """The time, in ns since 1970: later than any checkpoint's, even if a clock was set back."""
+        return max([time.time_ns(), *(one.written + 1 for one in self.found())])
 
     def temporary(self, name: str) -> Path:
         """A name to write the checkpoint under."""

@@ -22,14 +22,13 @@ from sdft.head import gathered_head
 from sdft.hidden_loss import Grader, HiddenLoss, hidden_in_parts
 from sdft.horizon import Horizon, as_horizon
 from sdft.importance import check_cap, head_log_probs, token_log_probs
-from sdft.logits_loss import LogitsLoss, check_weighable
+from sdft.logits_loss import LogitsLoss
 from sdft.losses import (
     bucket_divergence,
     check_alpha,
     sequence_mean,
     token_divergence,
 )
-from sdft.micro_step import check_micro_batches
 from sdft.packing import unpack
 from sdft.ranks import gathered, part_of_mean, ranks
 from sdft.repetition import repetition
@@ -37,7 +36,7 @@ from sdft.rollout import Rollout, Sampling, evaluation_mode
 from sdft.rollout_filter import RolloutFilter
 from sdft.run import task_stream
 from sdft.states import as_new, heads_known, keeps
-from sdft.step_options import check_step_options
+from sdft.step_options import check_step, check_step_options
 from sdft.student import StudentModule
 from sdft.window import Draw, Stale, Window, check_window, look_ahead, of_all_ranks, on_device
 
@@ -132,15 +131,7 @@ class SDFTModule(StudentModule):
                 trainer's strategy.
         """
         super().on_fit_start()
-        if not any(getattr(c, "moves_teacher", False) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
-                "no callback moves the teacher: add sdft.callbacks.EMATeacher() to the trainer's "
-                "callbacks (kind 'frozen' keeps it still)"
-            )
-        if self.micro_batch_tokens is not None:
-            check_micro_batches(self.trainer.strategy, type(self).__name__, self.compares_hidden)
-        if self.updates_per_generation > 1 and self.stale == "correct":
-            check_weighable(self, "model.stale is 'correct'")
+        check_step(self)
         if self.mask_echoes is not None:
             self.wrong  # noqa: B018 - refuses a task that has no wrong demonstrations
 

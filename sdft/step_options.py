@@ -1,6 +1,14 @@
-"""Which numbers the options of a training step may be."""
+"""What the options of a training step may be, and what they need."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sdft.logits_loss import check_weighable
+from sdft.micro_step import check_micro_batches
+
+if TYPE_CHECKING:
+    from sdft.module import SDFTModule
 
 
 def check_step_options(
@@ -22,3 +30,21 @@ def check_step_options(
         raise ValueError(f"rollouts_per_prompt must be at least 1, found {rollouts_per_prompt}")
     if micro_batch_tokens is not None and micro_batch_tokens < 1:
         raise ValueError(f"micro_batch_tokens must be at least 1, found {micro_batch_tokens}")
+
+
+def check_step(module: SDFTModule) -> None:
+    """See that something moves the teacher, and that the step can be what is asked for.
+
+    Raises:
+        ValueError: No callback of the trainer does, or an option does not fit the loss or the
+            trainer's strategy.
+    """
+    if not any(getattr(c, "moves_teacher", False) for c in module.trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "no callback moves the teacher: add sdft.callbacks.EMATeacher() to the trainer's "
+            "callbacks (kind 'frozen' keeps it still)"
+        )
+    if module.micro_batch_tokens is not None:
+        check_micro_batches(module.trainer.strategy, type(module).__name__, module.compares_hidden)
+    if module.updates_per_generation > 1 and module.stale == "correct":
+        check_weighable(module, "model.stale is 'correct'")

@@ -179,6 +179,16 @@ def test_auto_means_none_where_there_is_no_run(tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path), tmp_path)
 
 
+def test_a_clock_that_is_set_back_makes_no_checkpoint_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    assert folder.now() > 1_000_000 * CLOCK
+    save(tmp_path, "step-9.ckpt", 9)
+    monkeypatch.setattr(sdft.checkpoints.time, "time_ns", lambda: 5)
+    assert folder.now() == CLOCK + 10
+
+
 def test_a_folder_takes_a_folder_s_place(tmp_path: Path) -> None:
     save_folder(tmp_path, "step-1.ckpt", 10)
     path = save_folder(tmp_path, "step-1.ckpt", 20)
