@@ -72,6 +72,7 @@ COMMANDS: dict[str, str] = {
     "compare": "sdft.comparison.command",
     "export": "sdft.export.command",
     "generate": "sdft.generate_command",
+    "knowledge": "sdft.knowledge.command",
     "preflight": "sdft.preflight.command",
     "self_edits": "sdft.self_edits.command",
 }
