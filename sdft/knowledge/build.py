@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from sdft.atomic import atomic_folder
 from sdft.knowledge.checking import Checks, Sieve
@@ -19,8 +17,18 @@ from sdft.knowledge.indirect import compose, related_groups
 from sdft.knowledge.local_model import LocalWriter
 from sdft.knowledge.passages import Measure, Passage, cut_documents
 from sdft.knowledge.questions import REFERS, Question, Reject
-from sdft.knowledge.replies import Progress, Replies
+from sdft.knowledge.replies import Progress, Replies, alone
 from sdft.knowledge.requests import Requests
+from sdft.knowledge.settings import (
+    Answerable,
+    IndirectBy,
+    Unit,
+    answerable_by,
+    check_settings,
+    compiled,
+    file_digest,
+    written_indirect,
+)
 from sdft.knowledge.sifting import Sifter
 from sdft.knowledge.splits import split
 from sdft.models import ModelSource
@@ -28,9 +36,6 @@ from sdft.redaction import redacted, redacted_text
 from sdft.scorers import AnswerWords, Judge, Scorer
 from sdft.scorers.judge_model import JudgeModel
 from sdft.stores import describe, fingerprint
-
-Unit = Literal["words", "tokens"]
-Answerable = Literal["auto", "model", "text", "off"]
 
 
 class KnowledgeBuild:
@@ -69,7 +74,8 @@ class KnowledgeBuild:
             is the first where there is a writer.
         templates: What models are asked, by name: `write`, `answer`, `recall`, `indirect`; and
             `composed`, which joins two questions.
-        prompt_template: The prompt of an example, with `{question}`.
+        prompt_template: The prompt of an example, with `{question}`, and `{title}` where questions
+            are not clear without it.
         validation: Share of the questions that validates.
         test: Share of the questions that tests.
         reject_patterns: Regular expressions that no written question may match; when unset, those
@@ -102,7 +108,7 @@ class KnowledgeBuild:
         answerable: Answerable = "auto",
         indirect: int = 50,
         indirect_documents: int = 2,
-        indirect_by: Literal["auto", "writer", "composition"] = "auto",
+        indirect_by: IndirectBy = "auto",
         templates: dict[str, str] | None = None,
         prompt_template: str = "{question}",
         validation: float = 0.1,
@@ -113,9 +119,7 @@ class KnowledgeBuild:
         seed: int = 0,
     ) -> None:
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        _check_numbers(self.settings)
-        if "{question}" not in prompt_template:
-            raise ValueError(f"prompt_template lacks {{question}}: {prompt_template!r}")
+        check_settings(self.settings)
         self.folder, self.work = Path(out), Path(f"{out.rstrip('/')}.work")
         self.docs, self.questions = docs, questions
         self.reading = (text_field, title_field, limit)
@@ -127,11 +131,11 @@ class KnowledgeBuild:
         self.writer, self.closed_book = writer, closed_book
         self.checker = checker or writer
         self._name_models()
-        self.answerable = _answerable(answerable, self.checker)
-        self.writes_indirect = _writes_indirect(indirect_by, writer)
+        self.answerable = answerable_by(answerable, self.checker)
+        self.writes_indirect = written_indirect(indirect_by, writer)
         self.scorer = scorer
         self.requests = Requests(templates)
-        patterns = [_pattern(text) for text in (REFERS if reject_patterns is None else reject_patterns)]
+        patterns = compiled(REFERS if reject_patterns is None else reject_patterns)
         self.sifter = Sifter(patterns, duplicate_ngram, duplicate_threshold)
 
     def _name_models(self) -> None:
@@ -165,19 +169,23 @@ class KnowledgeBuild:
         if self._finished(mark, overwrite):
             return None
         self.work.mkdir(parents=True, exist_ok=True)
-        with _alone(self.work):
+        with alone(self.work):
             replies = Replies(self.work / "replies.jsonl", progress or (lambda *_: None))
             data = self._build(library, replies)
             data.facts = {"fingerprint": mark, **self._facts(replies)}
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with atomic_folder(self.folder, replace=True) as temporary:
                 data.write(temporary)
+        if not replies.path.exists():  # nobody was asked
+            shutil.rmtree(self.work)
         return data
 
     def _build(self, library: Library, replies: Replies) -> DataSet:
         passages = cut_documents(library.documents, self.chunk_size, self._measure())
         checks = self._checks(replies)
-        sieve = self.sifter.sift([*self._given(library, passages), *self._written(passages, replies)])
+        sieve = self.sifter.sift(
+            [*self._given(library, passages), *self._written(passages, replies)]
+        )
         if self.answerable != "off":
             checks.answerable(sieve)
         checks.unknown(sieve)
@@ -278,66 +286,14 @@ class KnowledgeBuild:
             else:
                 found[name] = describe(value) if name == "scorer" else value
         if self.questions is not None:
-            found["questions"] = read_digest(self.questions)
+            found["questions"] = file_digest(self.questions)
         return dict(redacted({**found, "templates": self.requests.templates}))
 
     def _facts(self, replies: Replies) -> dict[str, Any]:
         used = replies.used
-        spent = {"replies": used.calls, "read": used.prompt_tokens, "written": used.completion_tokens}
+        spent = {
+            "replies": used.calls,
+            "read": used.prompt_tokens,
+            "written": used.completion_tokens,
+        }
         return {"seed": self.seed, "settings": self._described(), "tokens": spent}
-
-
-def read_digest(path: str) -> str:
-    """Name and SHA-256 of a file.
-
-    Raises:
-        ValueError: It is not there.
-    """
-    import hashlib
-
-    if not Path(path).is_file():
-        raise ValueError(f"questions: {Path(path).absolute()} does not exist")
-    return f"{Path(path).name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
-
-
-def _pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise ValueError(f"reject_patterns: {text!r} is no regular expression: {error}") from error
-
-
-def _check_numbers(settings: dict[str, Any]) -> None:
-    for name, least in (("chunk_size", 1), ("per_passage", 1), ("limit", 1), ("indirect", 0)):
-        if settings[name] is not None and settings[name] < least:
-            raise ValueError(f"{name} must be at least {least}, found {settings[name]}")
-    if settings["indirect_documents"] < 2:
-        raise ValueError(f"indirect_documents must be at least 2, found {settings['indirect_documents']}")
-    if settings["chunk_unit"] not in get_args(Unit):
-        raise ValueError(f"chunk_unit must be one of {get_args(Unit)}, found {settings['chunk_unit']!r}")
-    shares = (settings["validation"], settings["test"])
-    if min(shares) < 0 or sum(shares) >= 1:
-        raise ValueError(f"validation and test are shares that leave some to train on, found {shares}")
-
-
-def _answerable(given: str, checker: JudgeModel | None) -> str:
-    if given == "model" and checker is None:
-        raise ValueError("answerable is model, but there is neither a checker nor a writer")
-    return ("text" if checker is None else "model") if given == "auto" else given
-
-
-def _writes_indirect(given: str, writer: JudgeModel | None) -> bool:
-    if given == "writer" and writer is None:
-        raise ValueError("indirect_by is writer, but there is none: give one, or composition")
-    return given == "writer" or (given == "auto" and writer is not None)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One build at a time; the lock ends with the process, however it dies."""
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another build is at work in {folder}: wait, or end it") from error
-        yield

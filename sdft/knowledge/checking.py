@@ -97,7 +97,9 @@ class Checks:
             return
         asked = [self.requests.recall(question) for question in sieve.kept]
         said = self.replies.ask(self.closed_book, "answers without the passages", asked)
-        sieve.drop(self._reasons(sieve.kept, said, "known without its passage", lambda right: right))
+        sieve.drop(
+            self._reasons(sieve.kept, said, "known without its passage", lambda right: right)
+        )
 
     def _reasons(
         self,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from jsonargparse import Namespace
 
+from sdft.knowledge import table
 from sdft.knowledge.build import KnowledgeBuild
 from sdft.knowledge.dataset import DataSet
 from sdft.self_edits.command import Parser
@@ -19,32 +20,43 @@ _EVERY_S = 5.0
 
 
 def main(args: list[str]) -> int:
-    """Run the command; returns the exit status.
+    """Run `knowledge build` or `knowledge table`; returns the exit status.
+
+    Raises:
+        ValueError: See `KnowledgeBuild` and `table`.
+    """
+    commands = {"build": build, "table": table.main}
+    if args and args[0] in commands:
+        return commands[args[0]](args[1:])
+    if args[:1] in (["-h"], ["--help"]):
+        print("python -m sdft knowledge build|table --help")
+        return 0
+    raise ValueError(f"knowledge: say build or table, found {args[0] if args else 'nothing'!r}")
+
+
+def build(args: list[str]) -> int:
+    """Build a data set; returns the exit status.
 
     Raises:
         ValueError: See `KnowledgeBuild`.
     """
-    if args[:1] != ["build"]:
-        found = f", found {args[0]!r}" if args and args[0] not in ("-h", "--help") else ""
-        print(f"sdft: the command is `python -m sdft knowledge build`{found}: --help says how")
-        return 0 if args[:1] in (["-h"], ["--help"]) else 2
     parser = Parser(prog="python -m sdft knowledge build", description=__doc__.splitlines()[0])
     parser.add_argument("-c", "--config", action="config", help="YAML file, may be repeated")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there")
     parser.add_class_arguments(KnowledgeBuild)
-    parsed = parser.parse_args(args[1:])
+    parsed = parser.parse_args(args)
     # Its name before jsonargparse 4.49 was another.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     settings: Namespace = instantiate(parsed)
     overwrite = settings.pop("overwrite")
     settings.pop("config")
-    build = KnowledgeBuild(**vars(settings))
+    own = KnowledgeBuild(**vars(settings))
     try:
-        data = build.write(overwrite, _progress())
+        data = own.write(overwrite, _progress())
     except KeyboardInterrupt:
         print("knowledge: stopped; the same command goes on", file=sys.stderr)
         return 130
-    print(_summary(build, data))
+    print(_summary(own, data))
     return 0
 
 

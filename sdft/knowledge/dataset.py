@@ -189,10 +189,11 @@ _USES = {
 
 _REVIEW = """## Before you train
 
-Read some of each file. Delete lines that are wrong, not clear by themselves, or not answered by their
-`context`; correct answers in place (`answer` and `demonstration`). Keep a question out of `train.jsonl`
-when another file has it. `rejected.jsonl` has what was left out, with reasons: what was left out
-wrongly may be moved back. Other questions about a passage can be added in the same form."""
+Read some of each file. Delete lines that are wrong, not clear by themselves, or not answered by
+their `context`; correct answers in place (`answer` and `demonstration`). Keep a question out of
+`train.jsonl` when another file has it. `rejected.jsonl` has what was left out, with reasons: what
+was left out wrongly may be moved back. More questions about a passage can be added in the same
+form."""
 
 _TRAIN = """## Training and evaluating
 

@@ -136,9 +136,7 @@ def _whole(path: Path, name: str, content: bytes) -> Document:
     return Document(name, text, heading[1] if heading else path.stem.replace("_", " "))
 
 
-def _lines(
-    path: Path, name: str, text_field: str | None, title_field: str
-) -> Iterator[Document]:
+def _lines(path: Path, name: str, text_field: str | None, title_field: str) -> Iterator[Document]:
     for number, (place, record) in enumerate(read_jsonl(path), 1):
         text = _text(place, record, [text_field] if text_field else TEXT_FIELDS)
         title = record.get(title_field)
@@ -147,7 +145,9 @@ def _lines(
         questions = record.get("questions") or []
         if not isinstance(questions, list) or not all(isinstance(q, dict) for q in questions):
             raise ValueError(f"{place}: 'questions' must be a list of objects")
-        given = tuple((f"{place}, question {i}", q) for i, q in enumerate(questions, 1))
+        given = tuple(
+            (f"{name}, line {number}, question {i}", q) for i, q in enumerate(questions, 1)
+        )
         yield Document(f"{name}:{number}", text, (title or "").strip(), given)
 
 

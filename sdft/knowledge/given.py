@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from sdft.jsonl import Record, read_jsonl
 from sdft.knowledge.documents import Document
@@ -45,9 +46,10 @@ class GivenQuestions:
         Raises:
             ValueError: A line without question or answer, or an unknown document.
         """
-        for place, record in read_jsonl(path):
+        for number, (place, record) in enumerate(read_jsonl(path), 1):
             question, answer = self._words(place, record)
-            yield self._placed(place, question, answer, self._candidates(place, record))
+            candidates = self._candidates(place, record)
+            yield self._placed(f"{Path(path).name}, line {number}", question, answer, candidates)
 
     def _words(self, place: str, record: Record) -> tuple[str, str]:
         question = record.get("question", record.get("prompt"))

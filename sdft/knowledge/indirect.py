@@ -24,7 +24,7 @@ def related_groups(
 
     A group begins with a passage drawn by chance, each once before one comes again; the others are
     those that share most with it, a word of n passages counting log(N/n). Where nothing is shared
-    they are drawn by chance. With fewer subjects than a group needs, passages of one subject fill it.
+    they are drawn by chance. With too few subjects, passages of one subject fill a group.
 
     Args:
         passages: N passages.
@@ -81,7 +81,9 @@ def _group(
         for passage in ranked:
             if len(group) == size:
                 break
-            if passage in group or (other_subject and passage.subject in {p.subject for p in group}):
+            if passage in group or (
+                other_subject and passage.subject in {p.subject for p in group}
+            ):
                 continue
             if frozenset(p.number for p in [*group, passage]) not in taken:
                 group.append(passage)
@@ -89,7 +91,10 @@ def _group(
 
 
 def compose(
-    questions: Sequence[Question], groups: Sequence[Sequence[Passage]], requests: Requests, seed: int
+    questions: Sequence[Question],
+    groups: Sequence[Sequence[Passage]],
+    requests: Requests,
+    seed: int,
 ) -> list[Question]:
     """Pairs of direct questions asked at once, about passages that belong together.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from sdft.knowledge.documents import Document
 
@@ -107,7 +108,7 @@ def _pieces(
 def _cuts(text: str, start: int, end: int, border: re.Pattern[str]) -> list[tuple[int, int]]:
     marks = [found.end() for found in border.finditer(text, start, end)]
     places = [start, *(mark for mark in marks if start < mark < end), end]
-    return list(zip(places[:-1], places[1:], strict=True))
+    return list(pairwise(places))
 
 
 def _stripped(text: str, start: int, end: int) -> tuple[int, int]:

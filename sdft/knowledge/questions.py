@@ -62,9 +62,15 @@ class Question:
         return "\n\n".join(passage.shown for passage in self.passages)
 
     def record(self, prompt_template: str) -> Record:
-        """A line of the data set, as `JSONLTask` reads it."""
+        """A line of the data set, as `JSONLTask` reads it.
+
+        Args:
+            prompt_template: With `{question}`; `{title}` is the passages' title.
+        """
+        titles = dict.fromkeys(passage.title for passage in self.passages if passage.title)
+        fields = {"question": self.text, "title": ", ".join(titles)}
         return {
-            "prompt": fill_template(prompt_template, {"question": self.text}),
+            "prompt": fill_template(prompt_template, fields),
             "answer": self.answer,
             "demonstration": self.answer,
             "context": self.context,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,3 +141,18 @@ def _read(path: Path) -> Iterator[tuple[str, Said]]:
             yield record["key"], Said(str(record["text"]), bool(record["truncated"]), *counts)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is damaged: delete the line") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One build at a time in a folder; the lock ends with the process, however it dies.
+
+    Raises:
+        ValueError: Another one is at work.
+    """
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another build is at work in {folder}: wait, or end it") from error
+        yield

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from sdft.knowledge.passages import Passage
 from sdft.knowledge.questions import Question
 
-WRITE = """Read the text below and write {count} different questions about it, each with its answer. \
-Ask for single facts that somebody may want to know: names, numbers, dates, places, causes, effects. \
-A question must be clear to somebody who has never seen the text: say the names of people, places \
-and events, and never mention "the text". An answer is short, complete and stands in the text. Use \
-exactly this form:
+WRITE = """Read the text below and write {count} different questions about it, each with its \
+answer. Ask for single facts that somebody may want to know: names, numbers, dates, places, \
+causes, effects. A question must be clear to somebody who has never seen the text: say the names \
+of people, places and events, and never mention "the text". An answer is short, complete and \
+stands in the text. Use exactly this form:
 
 Q: the question
 A: the answer
@@ -32,10 +32,11 @@ RECALL = """Answer the question in as few words as possible. If you do not know,
 
 Question: {question}"""
 
-INDIRECT = """Below are {documents} texts. Write one question with its answer. The question must need \
-all of the texts: it compares or connects what they say, and cannot be answered from one of them. It \
-must be clear to somebody who has never seen the texts: say the names of people, places and events, \
-and never mention "the texts". The answer is short and follows from the texts. Use exactly this form:
+INDIRECT = """Below are {documents} texts. Write one question with its answer. The question must \
+need all of the texts: it compares or connects what they say, and cannot be answered from one of \
+them. It must be clear to somebody who has never seen the texts: say the names of people, places \
+and events, and never mention "the texts". The answer is short and follows from the texts. Use \
+exactly this form:
 
 Q: the question
 A: the answer

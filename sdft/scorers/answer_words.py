@@ -36,7 +36,9 @@ class AnswerWords(Scorer):
         self, score: Level = "strict", separator: str = ";", max_words: int | None = None
     ) -> None:
         if score not in get_args(Level):
-            raise ValueError(f"AnswerWords: score must be one of {get_args(Level)}, found {score!r}")
+            raise ValueError(
+                f"AnswerWords: score must be one of {get_args(Level)}, found {score!r}"
+            )
         if not separator.strip():
             raise ValueError("AnswerWords: the separator is empty")
         if max_words is not None and max_words < 1:
@@ -51,8 +53,10 @@ class AnswerWords(Scorer):
         Raises:
             ValueError: The answer of the example has no word.
         """
-        return self._strict(response, example) if self.score == "strict" else self._lenient(
-            response, example
+        return (
+            self._strict(response, example)
+            if self.score == "strict"
+            else self._lenient(response, example)
         )
 
     def details(

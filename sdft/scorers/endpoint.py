@@ -154,8 +154,8 @@ class ChatEndpoint(JudgeModel):
                     stop.set()
                     times = f" after {usage.retries + 1} requests" if usage.retries else ""
                     raise JudgeError(
-                        f"the {self.role} {self.model!r} at {redacted_text(self.base_url)} does not "
-                        f"answer{times}: {failure.reason}",
+                        f"the {self.role} {self.model!r} at {redacted_text(self.base_url)} "
+                        f"does not answer{times}: {failure.reason}",
                         usage,
                     ) from None
                 usage.retries += 1
