@@ -44,7 +44,8 @@ def related_groups(
             if len(groups) >= count:
                 return list(groups.values())
             group = _group(first, passages, holders, words, size, rng, groups)
-            groups.setdefault(frozenset(p.number for p in group), group)
+            if len(group) == size:
+                groups[frozenset(p.number for p in group)] = group
     return list(groups.values())[:count]
 
 
@@ -77,7 +78,8 @@ def _group(
     order = sorted(passages, key=lambda p: (-shared[p.number], chance[p.number]))
     ranked = [p for p in order if p is not first]
     group = [first]
-    for other_subject in (True, False):
+    few = len({p.subject for p in passages}) < size
+    for other_subject in (True, False) if few else (True,):
         for passage in ranked:
             if len(group) == size:
                 break

@@ -113,6 +113,8 @@ def _cuts(text: str, start: int, end: int, border: re.Pattern[str]) -> list[tupl
 
 def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
     piece = text[start:end]
+    if not piece.strip():
+        return end, end
     return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
 
 

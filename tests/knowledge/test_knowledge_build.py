@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import save_model, write_jsonl
 from fake_endpoint import FakeEndpoint, Said
@@ -74,10 +75,9 @@ def answer(number: int, body: dict[str, Any]) -> Said:
     if prompt.startswith("Answer the question in as few"):
         return "100 km" if name == "Rhine" else "I do not know."
     if "longer" in question:
-        both = all(n in prompt.rpartition("Question: ")[0] for n in re.findall(r"Rhine", question))
         one, other = re.findall("|".join(RIVERS), question)
         text = prompt.rpartition("Question: ")[0]
-        known = one in text and other in text and both
+        known = one in text and other in text
         return f"longer, {one} or {other}" if known else "not in the text"
     place = RIVERS.index(name)
     return f"18{place}0" if "year" in question else f"{place + 1}00 km"
@@ -152,10 +152,8 @@ def test_a_question_that_its_passage_does_not_answer_is_left_out() -> None:
     with FakeEndpoint(wrong) as fake:
         build(writer=endpoint(fake)).write()
     left = [r for r in lines("rejected") if r["reason"] == "not answered from its passage"]
-    assert [(r["answer"], r["detail"]) for r in left] == [
-        (f"18{i}0", "It is not in the text.")
-        for i in (1, 0, 3, 2)  # in the order of the names
-    ] or {r["answer"] for r in left} == {"1800", "1810", "1820", "1830"}
+    assert {r["answer"] for r in left} == {"1800", "1810", "1820", "1830"}
+    assert {r["detail"] for r in left} == {"It is not in the text."}
     assert not any("year" in r["prompt"] for r in lines("train") + lines("test"))
 
 
@@ -174,13 +172,6 @@ def test_what_is_known_without_the_passage_is_left_out() -> None:
 
 
 def test_an_indirect_question_needs_all_its_passages() -> None:
-    def knows(number: int, body: dict[str, Any]) -> Said:
-        prompt = body["messages"][0]["content"]
-        single = prompt.startswith("Answer the question from") and "Text 2:" not in prompt
-        if single and "longer" in prompt and "Text:\nOder" in prompt:
-            return prompt.rpartition("Is the ")[2].replace(" longer than the ", " or ") + " longer,"
-        return answer(number, body)
-
     def half(number: int, body: dict[str, Any]) -> Said:
         prompt = body["messages"][0]["content"]
         if prompt.startswith("Answer the question from") and "longer" in prompt:
@@ -231,7 +222,7 @@ def test_a_failing_endpoint_is_one_error_and_the_rest_is_asked_for_later() -> No
     with FakeEndpoint(lambda n, b: 503 if n == 0 else answer(n, b) if n < 4 else 500) as fake:
         own = build(writer=endpoint(fake, retries=1), scorer=AnswerWords())
         with pytest.raises(
-            ValueError, match="the model that .* 'm' at .* does not answer after 2"
+            ValueError, match=r"the model that .* 'm' at .* does not answer after 2"
         ) as e:
             own.write()
         assert "of 4 replies (questions about passages) those that came are kept" in str(e.value)
@@ -465,8 +456,6 @@ class Pen:
         monkeypatch.setattr(Author, "respond", self.respond)
 
     def respond(self, prompts: Sequence[Sequence[int]], sampling: Any) -> list[Response]:
-        import torch
-
         if self.fail_at is not None and len(self.seeds) == self.fail_at:
             raise KeyboardInterrupt
         assert sampling.temperature == 0.7
@@ -515,7 +504,7 @@ def test_a_real_local_model_writes_something(tmp_path: Path) -> None:
 
 def test_a_prompt_without_room_is_told(model_dir: Path) -> None:
     Path("docs/long.txt").write_text("a " * 200)
-    with pytest.raises(ValueError, match="the model that .* has room for .* a prompt has"):
+    with pytest.raises(ValueError, match=r"the model that .* has room for .* a prompt has"):
         build(writer=LocalWriter(str(model_dir), max_reply=8, dtype="float32")).write()
 
 

@@ -31,6 +31,9 @@ def test_groups_share_rare_words_and_no_subject() -> None:
         assert {p.subject for p in group} == {"x", "y"}
     assert related_groups(one[:1], 2, 2, 0) == []
     assert len(related_groups(one[:2], 2, 2, 0)[0]) == 2, "one subject has to do"
+    many = related_groups(passages, 99, 2, 0)
+    assert 5 <= len(many) == len({frozenset(p.number for p in group) for group in many}) <= 10
+    assert all(len(group) == 2 for group in many)
 
 
 def questions(sizes: list[int]) -> list[Question]:
