@@ -14,7 +14,7 @@ from sdft.knowledge.dataset import MANIFEST, DataSet
 from sdft.knowledge.documents import Library, read_documents
 from sdft.knowledge.given import GivenQuestions
 from sdft.knowledge.indirect import compose, related_groups
-from sdft.knowledge.local_model import LocalWriter
+from sdft.knowledge.local_model import LocalWriter, greedy
 from sdft.knowledge.passages import Measure, Passage, cut_documents
 from sdft.knowledge.questions import REFERS, Question, Reject
 from sdft.knowledge.replies import Progress, Replies, alone
@@ -60,7 +60,7 @@ class KnowledgeBuild:
         writer: Writes questions: a `ChatEndpoint`, or a `LocalWriter`. Without one there are the
             given questions alone.
         per_passage: Questions that are asked for per passage.
-        checker: Answers each question from its passage; the writer when unset.
+        checker: Answers each question from its passage; the writer, greedily, when unset.
         closed_book: Answers each question without a passage, and what it knows is left out: the
             model that is to be trained. Nobody is asked when unset.
         scorer: Compares these answers; when unset a `Judge` that asks the checker (without one, the
@@ -129,8 +129,10 @@ class KnowledgeBuild:
         self.per_passage = per_passage
         self.indirect, self.indirect_documents = indirect, indirect_documents
         self.writer, self.closed_book = writer, closed_book
-        self.checker = checker or writer
-        self._name_models()
+        self._name_model("model that writes questions", writer)
+        self.checker = greedy(writer) if checker is None and writer is not None else checker
+        self._name_model("model that checks questions", self.checker)
+        self._name_model("model that answers without a passage", closed_book)
         self.answerable = answerable_by(answerable, self.checker)
         self.writes_indirect = written_indirect(indirect_by, writer)
         self.scorer = scorer
@@ -138,18 +140,12 @@ class KnowledgeBuild:
         patterns = compiled(REFERS if reject_patterns is None else reject_patterns)
         self.sifter = Sifter(patterns, duplicate_ngram, duplicate_threshold)
 
-    def _name_models(self) -> None:
-        """Tell models apart in errors, and hand on the seed."""
-        roles = (
-            ("model that answers without a passage", self.closed_book),
-            ("model that checks questions", self.checker),
-            ("model that writes questions", self.writer),
-        )
-        for role, model in roles:
-            if model is not None:
-                model.role = role
-            if isinstance(model, LocalWriter) and model.seed is None:
-                model.seed = self.seed
+    def _name_model(self, role: str, model: JudgeModel | None) -> None:
+        """Have errors say which model it was, and hand on the seed."""
+        if model is not None:
+            model.role = role
+        if isinstance(model, LocalWriter) and model.seed is None:
+            model.seed = self.seed
 
     # ---------------------------------------------------------------- the build
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 
 from sdft.examples import Message
 from sdft.rollout import Sampling
-from sdft.scorers.judge_model import Reply
+from sdft.scorers.endpoint import ChatEndpoint
+from sdft.scorers.judge_model import JudgeModel, Reply
 from sdft.scorers.local_judge import LocalJudge
 from sdft.seeding import derive_seed
 
@@ -64,3 +67,19 @@ class LocalWriter(LocalJudge):
             # All within: a generator that is left open would keep the numbers changed.
             found = list(super().replies(conversations))
         yield from found
+
+
+def greedy(model: JudgeModel) -> JudgeModel:
+    """The same model, but its likeliest reply: who writes by chance does not check by chance.
+
+    A model on this machine is loaded once for both; a temperature that is not sent stays so.
+    """
+    if isinstance(model, LocalWriter):
+        _ = model._author  # both have it
+    found = copy.copy(model)
+    if isinstance(found, ChatEndpoint) and found.fields.get("temperature") is not None:
+        found.fields = {**found.fields, "temperature": 0.0}
+    if isinstance(found, LocalWriter):
+        found.sampling = replace(found.sampling, temperature=0.0)
+        vars(found).pop("identity", None)
+    return found

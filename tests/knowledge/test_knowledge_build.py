@@ -113,8 +113,10 @@ def content(folder: str = "data") -> dict[str, str]:
 
 def test_an_endpoint_writes_and_checks(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG), FakeEndpoint(answer) as fake:
-        assert build(writer=endpoint(fake)).write() is not None
+        assert build(writer=endpoint(fake, temperature=0.7)).write() is not None
         assert fake.keys[0] == f"Bearer {KEY}"
+        warm = {("Q: the question" in str(r), r["temperature"]) for r in fake.requests}
+        assert warm == {(True, 0.7), (False, 0.0)}, "nobody checks by chance"
     train, test, ood = lines("train"), lines("test"), lines("ood")
     assert (len(train), len(test), len(ood)) == (9, 3, 3)
     assert not {(r["prompt"], r["answer"]) for r in train} & {
@@ -500,6 +502,15 @@ def test_a_real_local_model_writes_something(tmp_path: Path) -> None:
     reasons = Counter(r["reason"] for r in lines("rejected"))
     assert reasons["truncated"] + reasons["no question could be read"] >= 4
     assert manifest()["tokens"]["written"] > 0
+
+
+def test_writer_and_checker_are_one_loaded_model(model_dir: Path) -> None:
+    writer = LocalWriter(str(model_dir), dtype="float32")
+    own = build(writer=writer)
+    assert isinstance(own.checker, LocalWriter)
+    assert own.checker._author is writer._author
+    assert (own.checker.sampling.temperature, writer.sampling.temperature) == (0.0, 0.7)
+    assert own.checker.identity != writer.identity
 
 
 def test_a_prompt_without_room_is_told(model_dir: Path) -> None:
