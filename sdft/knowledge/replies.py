@@ -68,9 +68,10 @@ class Replies:
         mark = model.identity
         keys = [_key(mark, request) for request in requests]
         texts = dict(zip(keys, requests, strict=True))
+        missing = {key for key in texts if key not in self._known}
         for batch in self._batches(model, texts):
             try:
-                self._ask_batch(model, what, batch, texts)
+                self._ask_batch(model, what, batch, texts, missing)
             except JudgeError as error:
                 raise ValueError(
                     f"{error}; of {len(texts)} replies ({what}) those that came are kept in "
@@ -101,7 +102,12 @@ class Replies:
                 yield batch
 
     def _ask_batch(
-        self, model: JudgeModel, what: str, batch: Sequence[str], texts: dict[str, str]
+        self,
+        model: JudgeModel,
+        what: str,
+        batch: Sequence[str],
+        texts: dict[str, str],
+        missing: set[str],
     ) -> None:
         talks: list[list[Message]] = [[{"role": "user", "content": texts[key]}] for key in batch]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,8 +121,8 @@ class Replies:
                 about = {"key": batch[place], "for": what, "model": redacted_text(model.name)}
                 file.write(json.dumps({**about, **vars(said)}, ensure_ascii=False) + "\n")
                 file.flush()
-                done = sum(key in self._known for key in texts)
-                self.progress(what, done, len(texts))
+                missing.discard(batch[place])
+                self.progress(what, len(texts) - len(missing), len(texts))
             os.fsync(file.fileno())
 
 
