@@ -6,14 +6,15 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from sdft.examples import Message
 from sdft.redaction import redacted_text
-from sdft.scorers.judge_model import JudgeError, JudgeModel, Usage
+from sdft.scorers.judge_model import JudgeError, JudgeModel, Reply, Usage
 from sdft.scorers.local_judge import LocalJudge
 
 Progress = Callable[[str, int, int], None]
@@ -65,69 +66,72 @@ class Replies:
         Raises:
             ValueError: The model cannot be had. Replies that came before are in the file.
         """
-        mark = model.identity
-        keys = [_key(mark, request) for request in requests]
-        texts = dict(zip(keys, requests, strict=True))
+        batches = list(_batches(model, list(dict.fromkeys(requests))))
+        texts = {key: text for batch in batches for key, text in batch.items()}
         missing = {key for key in texts if key not in self._known}
-        for batch in self._batches(model, texts):
-            try:
-                self._ask_batch(model, what, batch, texts, missing)
-            except JudgeError as error:
-                raise ValueError(
-                    f"{error}; of {len(texts)} replies ({what}) those that came are kept in "
-                    f"{self.path}: the same command goes on"
-                ) from error
-        found = [self._known[key] for key in texts]
-        self.used.add(
-            Usage(
-                len(found),
-                0,
-                sum(said.prompt_tokens for said in found),
-                sum(said.completion_tokens for said in found),
-            )
-        )
-        return [self._known[key] for key in keys]
-
-    def _batches(self, model: JudgeModel, texts: dict[str, str]) -> Iterator[list[str]]:
-        """Keys to be asked for together."""
-        if not isinstance(model, LocalJudge):
-            waiting = [key for key in texts if key not in self._known]
-            if waiting:
-                yield waiting
-            return
-        order = sorted(texts, key=lambda key: len(texts[key]))
-        for start in range(0, len(order), model.batch_size):
-            batch = order[start : start + model.batch_size]
-            if any(key not in self._known for key in batch):
-                yield batch
+        for batch in batches:
+            # A local model's batch is asked for as a whole: its replies depend on it.
+            whole = isinstance(model, LocalJudge)
+            if not missing.isdisjoint(batch):
+                wanted = {k: text for k, text in batch.items() if whole or k in missing}
+                self._ask_batch(model, what, wanted, len(texts), missing)
+        found = {texts[key]: self._known[key] for key in texts}
+        for said in found.values():
+            self.used.add(Usage(1, 0, said.prompt_tokens, said.completion_tokens))
+        return [found[request] for request in requests]
 
     def _ask_batch(
         self,
         model: JudgeModel,
         what: str,
-        batch: Sequence[str],
-        texts: dict[str, str],
+        batch: Mapping[str, str],
+        total: int,
         missing: set[str],
     ) -> None:
-        talks: list[list[Message]] = [[{"role": "user", "content": texts[key]}] for key in batch]
+        keys = list(batch)
+        talks: list[list[Message]] = [[{"role": "user", "content": batch[key]}] for key in keys]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8", errors="replace") as file:
-            for place, reply in model.replies(talks):
-                usage = reply.usage
-                said = Said(
-                    reply.text, reply.truncated, usage.prompt_tokens, usage.completion_tokens
-                )
-                self._known[batch[place]] = said
-                about = {"key": batch[place], "for": what, "model": redacted_text(model.name)}
-                file.write(json.dumps({**about, **vars(said)}, ensure_ascii=False) + "\n")
-                file.flush()
-                missing.discard(batch[place])
-                self.progress(what, len(texts) - len(missing), len(texts))
-            os.fsync(file.fileno())
+            try:
+                for place, reply in model.replies(talks):
+                    self._keep(file, keys[place], what, model, reply)
+                    missing.discard(keys[place])
+                    self.progress(what, total - len(missing), total)
+            except JudgeError as error:
+                raise ValueError(
+                    f"{error}; of {total} replies ({what}) those that came are kept in "
+                    f"{self.path}: the same command goes on"
+                ) from error
+            finally:
+                os.fsync(file.fileno())
+
+    def _keep(
+        self, file: TextIO, key: str, what: str, model: JudgeModel, reply: Reply
+    ) -> None:
+        spent = (reply.usage.prompt_tokens, reply.usage.completion_tokens)
+        self._known[key] = Said(reply.text, reply.truncated, *spent)
+        about = {"key": key, "for": what, "model": redacted_text(model.name)}
+        record = {**about, **vars(self._known[key])}
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
 
 
-def _key(mark: str, request: str) -> str:
-    content = json.dumps([mark, request], ensure_ascii=False)
+def _batches(model: JudgeModel, requests: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Key → request, of what is asked for together.
+
+    What a local model says may depend on its batch, so its keys do, too.
+    """
+    if not isinstance(model, LocalJudge):
+        yield {_key(model.identity, request): request for request in requests}
+        return
+    order = sorted(requests, key=len)
+    for start in range(0, len(order), model.batch_size):
+        batch = order[start : start + model.batch_size]
+        yield {_key(model.identity, *batch, request): request for request in batch}
+
+
+def _key(*parts: str) -> str:
+    content = json.dumps(parts, ensure_ascii=False)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 

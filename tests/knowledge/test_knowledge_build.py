@@ -491,6 +491,9 @@ def test_a_local_model_draws_by_the_seed_wherever_it_was_killed(
     Pen(monkeypatch)
     local(model_dir, out="killed").write()
     assert content("killed") == content("whole")
+    local(model_dir, out="grown", limit=3).write()
+    local(model_dir, out="grown").write(overwrite=True)
+    assert content("grown") == content("whole"), "replies of other batches are others"
 
 
 def test_a_real_local_model_writes_something(tmp_path: Path) -> None:
