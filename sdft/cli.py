@@ -74,6 +74,7 @@ COMMANDS: dict[str, str] = {
     "export": "sdft.export.command",
     "generate": "sdft.generate_command",
     "history": "sdft.history_command",
+    "knowledge": "sdft.knowledge.command",
     "preflight": "sdft.preflight.command",
     "self_edits": "sdft.self_edits.command",
 }

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ METHODS = sorted(
 )
 LABELS = {
     "anchor_replay": "anchor_replay+replay",
+    "cpt_context": "cpt",
     "ewc": "sft+ewc",
     "joint": "sft+joint",
     "joint_sdft": "sdft+joint",
@@ -356,11 +357,12 @@ def test_every_configuration_parses(
     files = bases_of(file)
     assert files[-1] == file, "its first comment runs it"
     flags = [part for path in files for part in ("--config", str(path))]
+    entry = list(takewhile(lambda word: not word.startswith("-"), command_of(file)))
     with pytest.raises(SystemExit) as stop:
-        main([command_of(file)[0], *flags, "--print_config"])
+        main([*entry, *flags, "--print_config"])
     assert stop.value.code == 0, capsys.readouterr().err
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert command_of(file)[0] != "fit" or printed["data"]["init_args"]["tasks"]
+    assert entry != ["fit"] or printed["data"]["init_args"]["tasks"]
     written = yaml.safe_load(file.read_text())
     assert_contains(printed, written)
 
@@ -453,7 +455,7 @@ def test_a_terminated_run_says_so_and_how_to_go_on(
 def test_every_method_is_an_overlay_on_any_stream(
     config: dict[str, Any], overlay: Path, tmp_path: Path
 ) -> None:
-    if overlay.stem in ("oracle_rag", "sdft_text"):
+    if overlay.stem in ("cpt_context", "oracle_rag", "sdft_text"):
         for name in ("train", "test"):
             rows = [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
             write_jsonl(tmp_path / f"{name}.jsonl", [{**row, "context": "g h"} for row in rows])

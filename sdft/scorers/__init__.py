@@ -5,6 +5,7 @@ a YAML file may name them without their module (`class_path: JSONMatch`); one of
 the same `__call__`. See docs/tasks.md.
 """
 
+from sdft.scorers.answer_words import AnswerWords
 from sdft.scorers.code import CodeTests
 from sdft.scorers.endpoint import ChatEndpoint
 from sdft.scorers.exact import ExactMatch
@@ -18,6 +19,7 @@ from sdft.scorers.scorer import Scorer, explained
 from sdft.scorers.tool_calls import ToolCallMatch
 
 __all__ = [
+    "AnswerWords",
     "ChatEndpoint",
     "CodeTests",
     "ExactMatch",

@@ -154,8 +154,8 @@ class ChatEndpoint(JudgeModel):
                     stop.set()
                     times = f" after {usage.retries + 1} requests" if usage.retries else ""
                     raise JudgeError(
-                        f"the judge {self.model!r} at {redacted_text(self.base_url)} does not "
-                        f"answer{times}: {failure.reason}",
+                        f"the {self.role} {self.model!r} at {redacted_text(self.base_url)} "
+                        f"does not answer{times}: {failure.reason}",
                         usage,
                     ) from None
                 usage.retries += 1
@@ -202,7 +202,9 @@ class ChatEndpoint(JudgeModel):
     def _reply(self, body: bytes, usage: Usage) -> Reply:
         try:
             answer = json.loads(body)
-            text = answer["choices"][0]["message"]["content"]
+            choice = answer["choices"][0]
+            text = choice["message"]["content"]
+            cut = choice.get("finish_reason") == "length"
             spent = answer.get("usage") or {}
             counts = [int(spent.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -211,7 +213,7 @@ class ChatEndpoint(JudgeModel):
         usage.calls += 1
         usage.prompt_tokens += counts[0]
         usage.completion_tokens += counts[1]
-        return Reply(text if isinstance(text, str) else "", usage)
+        return Reply(text if isinstance(text, str) else "", usage, cut)
 
 
 class _Failure(Exception):

@@ -38,10 +38,12 @@ class Reply:
     Attributes:
         text: What the model says.
         usage: What it cost.
+        truncated: Whether the length limit ended it.
     """
 
     text: str
     usage: Usage
+    truncated: bool = False
 
 
 @dataclass
@@ -61,7 +63,13 @@ class JudgeError(ValueError):
 
 
 class JudgeModel(ABC):
-    """A model that can be asked to judge."""
+    """A model that can be asked to judge.
+
+    Attributes:
+        role: What errors call it.
+    """
+
+    role: str = "judge"
 
     @property
     @abstractmethod

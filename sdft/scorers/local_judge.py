@@ -83,9 +83,10 @@ class LocalJudge(JudgeModel):
             longest = len(ids[rows[-1]])
             if room is not None and longest > room:
                 raise JudgeError(
-                    f"the judge {self.model_name!r} has room for {room} tokens, a prompt to judge "
-                    f"has {longest}: take a judge with a longer context"
+                    f"the {self.role} {self.model_name!r} has room for {room} tokens, a prompt has "
+                    f"{longest}: take one with a longer context"
                 )
             answers = author.respond([ids[row] for row in rows], author.sampling)
             for row, answer in zip(rows, answers, strict=True):
-                yield row, Reply(answer.text, Usage(1, 0, len(ids[row]), answer.tokens))
+                usage = Usage(1, 0, len(ids[row]), answer.tokens)
+                yield row, Reply(answer.text, usage, answer.truncated)

@@ -121,7 +121,7 @@ class OutputFile:
         if not self.path.is_file():
             return None, []
         text = self.path.read_text(encoding="utf-8", errors="replace")
-        lines = text[: text.rfind("\n") + 1].splitlines()
+        lines = text.split("\n")[:-1]  # not splitlines: a model may write U+2028
         try:
             header, *records = (json.loads(line) for line in lines)
             return dict(header), records

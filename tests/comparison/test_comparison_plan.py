@@ -111,11 +111,18 @@ def test_broken_yaml_below_the_plan_names_file_and_line(tmp_path: Path) -> None:
         Plan(Comparison(**yaml.safe_load(file.read_text())), file)
 
 
-@pytest.mark.parametrize("name", ["compare_quick", "compare_full"])
-def test_the_shipped_comparisons_are_valid(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("compare_quick", {"dft", "soft_targets", "replay"}),
+        ("compare_full", {"dft", "soft_targets", "replay"}),
+        ("compare_knowledge", {"cpt_context", "oracle_rag"}),
+    ],
+)
+def test_the_shipped_comparisons_are_valid(name: str, methods: set[str]) -> None:
     file = ROOT / "configs" / f"{name}.yaml"
     plan = Plan(Comparison(**yaml.safe_load(file.read_text())), file)
     names = {method.name for method in plan.methods}
-    assert {"sdft", "sft", "dft", "soft_targets", "replay"} <= names
+    assert {"sdft", "sft", *methods} <= names
     assert all(method.rates is None or len(method.rates) >= 2 for method in plan.methods)
     assert len(plan.values.seeds) >= 2

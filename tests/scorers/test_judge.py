@@ -324,7 +324,7 @@ def test_a_local_judge(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_local_judge_without_a_grade_or_without_room(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(JudgeError, match="has room for 124 tokens, a prompt to judge has"):
+    with pytest.raises(JudgeError, match="has room for 124 tokens, a prompt has"):
         local(model_dir)("a " * 100, examples(1)[0])
     found = local(model_dir)
     assert isinstance(found.model, LocalJudge)
