@@ -153,8 +153,8 @@ def test_an_experiment_runs_for_two_steps(file: Path, published: Path) -> None:
     report = json.loads((folder / "retention.json").read_text())
     assert report["tasks"] + report["suites"] == STREAMS.get(file.stem, ["science"])
     assert report["method"].split("+")[0] == METHODS.get(file.stem, "sdft")
-    assert report["steps"] == [2] * len(report["tasks"])
-    row = dict(zip(report["tasks"] + report["suites"], report["rows"][-1], strict=True))
+    assert report["stage_steps"] == [2] * len(report["tasks"])
+    row = dict(zip(report["tasks"] + report["suites"], report["matrix"][-1], strict=True))
     assert all(cell["n"] == 3 for cell in row.values()), "no example was dropped"
     for name in {"medical", "knowledge", "ood"} & set(row):
         graded = row[name]["details"]
