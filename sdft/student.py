@@ -127,7 +127,9 @@ class StudentModule(SharedSteps):
         self.track_base = track_base
         self.penalty = penalty
         if lora is not None and base_storage != "float32":
-            raise ValueError("model.base_storage must be float32 with model.lora: nothing is copied")
+            raise ValueError(
+                "model.base_storage must be float32 with model.lora: nothing is copied"
+            )
         self.base_storage = base_storage
         self.adapters = AdapterTraining(lora, quantization)
         self.strict_loading = lora is None  # a checkpoint of adapters leaves out their base

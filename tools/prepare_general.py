@@ -3,8 +3,8 @@
 Turns general instructions into the prompts on which SFT + re-invoke and the soft-target methods
 distil the base (`data.general`). Their answers are not used.
 
-    --source  a hub name (databricks/databricks-dolly-15k, CC BY-SA 3.0), or files with `instruction`
-              and `response`, or with `prompt` and `answer`
+    --source  a hub name (databricks/databricks-dolly-15k, CC BY-SA 3.0), or files with
+              `instruction` and `response`, or with `prompt` and `answer`
     --out     gets train.jsonl, validation.jsonl, test.jsonl and prepared.json
     --shares  percent of training, validation and test rows (100 0 0)
     --seed    order and choice of the rows (0)

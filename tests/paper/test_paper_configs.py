@@ -1,5 +1,5 @@
-"""The paper's experiments: each parses, fits two steps on records of the real task's schema, and fits
-the memory that it says."""
+"""The paper's experiments: each parses, runs for two steps on records of the real task's schema, and
+takes the memory that it says."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STREAMS = {
     "medical": ["medical"],
     "reasoning": ["medical"],
     "sequence": ["tool_use", "science", "medical"],
-    **dict.fromkeys(("knowledge", "cpt_articles", "text_only"), ["knowledge", "ood"]),
+    **{name: ["knowledge", "ood"] for name in ("knowledge", "cpt_articles", "text_only")},
 }
 BUDGET = re.compile(r"(?s)on paper: (\d+) GB.*?\n#   python -m sdft budget ([^\n]*)")
 
@@ -49,7 +49,7 @@ def name_of(file: Path) -> str:
     return file.stem
 
 
-# ---------------------------------------------------------------- records as the real tasks have them
+# ---------------------------------------------------------------- records of the real schemas
 
 
 def tool_use(number: int) -> dict[str, Any]:
