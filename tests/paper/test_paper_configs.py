@@ -1,5 +1,5 @@
-"""The paper's experiments: each parses, runs for two steps on records of the real task's schema, and
-takes the memory that it says."""
+"""The paper's experiments: each parses, runs for two steps on records of the real task's schema,
+and takes the memory that it says."""
 
 from __future__ import annotations
 
