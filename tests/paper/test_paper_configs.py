@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer, write_jsonl
+from conftest import LETTERS, make_model, make_tokenizer, write_jsonl
 
 from sdft import cli
 from sdft.comparison.command import effective_settings
@@ -52,6 +52,11 @@ def name_of(file: Path) -> str:
 # ---------------------------------------------------------------- records of the real schemas
 
 
+def word(number: int) -> str:
+    """A word that the tiny model's tokenizer knows, so that prompts differ."""
+    return LETTERS[number % len(LETTERS)]
+
+
 def tool_use(number: int) -> dict[str, Any]:
     """As the authors' evaluation set: golden answers are a Python literal."""
     calls = [{"Action": "getAxolotlFacts", "Action_Input": json.dumps({"limit": number})}]
@@ -59,7 +64,7 @@ def tool_use(number: int) -> dict[str, Any]:
         "name": "Axolotl",
         "description": "Facts",
         "nl_documentation": 'getAxolotlFacts: Retrieve facts.\nParameters: {"limit": "integer."}',
-        "instruction": f"Tell me {number} facts about axolotls.",
+        "instruction": f"Tell me {number} facts about {word(number)} .",
         "golden_answer": str(calls),
         "golden_response": ["Action: getAxolotlFacts\nAction Input: " + calls[0]["Action_Input"]],
     }
@@ -67,13 +72,13 @@ def tool_use(number: int) -> dict[str, Any]:
 
 def science(number: int) -> dict[str, Any]:
     choices = {"label": list("ABCD"), "text": [str(number + i) for i in range(4)]}
-    question = f"How many atoms has molecule {number} ?"
+    question = f"How many atoms has {word(number)} ?"
     return {"question": question, "choices": choices, "answerKey": "ABCD"[number % 4]}
 
 
 def medical(number: int) -> dict[str, Any]:
     return {
-        "Question": f"What helps in case {number} ?",
+        "Question": f"What helps in case {word(number)} ?",
         "Complex_CoT": "Let me think .",
         "Response": f"Rest for {number} days .",
     }
@@ -81,7 +86,7 @@ def medical(number: int) -> dict[str, Any]:
 
 def knowledge(number: int) -> dict[str, Any]:
     return {
-        "prompt": f"When was flood {number} ?",
+        "prompt": f"When was flood {word(number)} ?",
         "answer": f"In May {number} .",
         "context": f"Flood {number} came in May {number} and went in June .",
         "demonstration": f"Flood {number} was in May {number} .",
