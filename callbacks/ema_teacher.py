@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Literal
 
@@ -22,7 +23,10 @@ from sdft.sharding import is_sharded, local
 from sdft.student import StudentModule
 from sdft.weights import convert, squared_distance
 
+log = logging.getLogger(__name__)
+
 KINDS = ("ema", "frozen", "live")
+ROUNDING = ("stochastic", "nearest")
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -39,9 +43,14 @@ class EMATeacher(AfterStep):
         storage: float32, or bfloat16 with stochastic rounding: half of the memory, and the average
             still moves, with some noise. (Plain bfloat16 would stand almost still.) A teacher over
             adapters is always float32.
+        rounding: Of a bfloat16 teacher. WARNING: `nearest` averages in plain bfloat16, where the
+            teacher all but stands still (a constant gap of 1 % closes by 3 % in 250 steps at .01,
+            where it should by 92 %). It is there to reproduce code that does so, and for nothing
+            else.
 
     Raises:
-        ValueError: An unknown kind or storage, a rate outside [0, 1] or a cadence below 1.
+        ValueError: An unknown kind, storage or rounding, a rate outside [0, 1], a cadence below 1,
+            or a float32 teacher that is to be rounded.
     """
 
     moves_teacher = True
@@ -52,6 +61,7 @@ class EMATeacher(AfterStep):
         rate: float = 0.01,
         every_n_steps: int = 1,
         storage: Literal["float32", "bfloat16"] = "float32",
+        rounding: Literal["stochastic", "nearest"] = "stochastic",
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"teacher.kind must be one of {', '.join(KINDS)}, found {kind!r}")
@@ -63,6 +73,15 @@ class EMATeacher(AfterStep):
             raise ValueError(
                 f"teacher.storage must be one of {', '.join(STORAGE)}, found {storage!r}"
             )
+        if rounding not in ROUNDING:
+            raise ValueError(
+                f"teacher.rounding must be one of {', '.join(ROUNDING)}, found {rounding!r}"
+            )
+        if rounding == "nearest" and storage != "bfloat16":
+            raise ValueError("teacher.rounding is 'nearest', which needs teacher.storage bfloat16")
+        if rounding == "nearest" and kind == "ema":
+            log.warning("teacher.rounding is 'nearest': the teacher will all but stand still")
+        self.rounding = rounding
         self.storage = STORAGE[storage]
         self.kind = kind
         self.rate = {"ema": rate, "frozen": 0.0, "live": 1.0}[kind]
@@ -97,7 +116,10 @@ class EMATeacher(AfterStep):
             else:
                 seed = derive_seed(run_seed(), "teacher", trainer.global_step)
                 with aligned(pl_module.model):
-                    update_average(teacher, pl_module.model, self.rate, seed)
+                    if self.rounding == "nearest":
+                        update_rounded(teacher, pl_module.model, self.rate)
+                    else:
+                        update_average(teacher, pl_module.model, self.rate, seed)
         flat = is_flat(pl_module.model)  # its shards are not those of the base
         if is_logged(trainer, trainer.global_step) and pl_module.base is not None and not flat:
             moved = teacher_moved(teacher, pl_module.model, pl_module.base)
@@ -127,6 +149,24 @@ def update_average(
         for average, value in zip(averages, values, strict=True):
             exact = average.float().lerp_(value.float(), rate)
             average.copy_(stochastic_round(exact, generator))
+    for target, source in zip(teacher.buffers(), student.buffers(), strict=True):
+        target.copy_(source)
+
+
+@torch.no_grad()
+def update_rounded(teacher: PreTrainedModel, student: PreTrainedModel, rate: float) -> None:
+    """teacher ← (1 − rate) · teacher + rate · student in bfloat16, each operation rounded.
+
+    Most of the updates are lost: see `EMATeacher.rounding`.
+
+    Args:
+        teacher: bf16 parameters, changed in place.
+        student: The same architecture, any precision.
+        rate: In [0, 1].
+    """
+    for parameter, own in zip(teacher.parameters(), student.parameters(), strict=True):
+        average = local(parameter)
+        average.mul_(1 - rate).add_(local(own.detach()).to(average.dtype), alpha=rate)
     for target, source in zip(teacher.buffers(), student.buffers(), strict=True):
         target.copy_(source)
 

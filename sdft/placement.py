@@ -52,6 +52,8 @@ def spread(
     elif mesh is not None and not is_sharded(module.model):
         precision = str(module.trainer.precision)
         check_sharding(mesh, precision)
+        if any(model.dtype != module.model.dtype for model in base):
+            raise ValueError("model.base_storage must be float32 with sharded models")
         for model in (module.model, *copies, *base):
             shard(model, mesh["data_parallel"], precision)
         if module.penalty is not None and module.fitting:

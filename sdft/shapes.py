@@ -142,6 +142,7 @@ SHAPES: dict[str, ModelShape] = {
     "qwen2.5-7b": _qwen2(3584, 28, 28, 4, 18944, 152064, False),
     "qwen2.5-14b": _qwen2(5120, 48, 40, 8, 13824, 152064, False),
     "qwen2.5-32b": _qwen2(5120, 64, 40, 8, 27648, 152064, False),
+    "olmo-3-7b": ModelShape(4096, 32, 32, 32, 128, 11008, 100278, False),
     "llama-3.1-70b": ModelShape(8192, 80, 64, 8, 128, 28672, 128256, False),
 }
 """Shapes by name, so that nothing need be on disk to reckon with them."""

@@ -32,6 +32,7 @@ from sdft.weights import (
     check_identity,
     check_training,
     convert,
+    halved,
     identity,
     set_weights,
     split_copies,
@@ -63,6 +64,9 @@ class StudentModule(SharedSteps):
         engine: Makes rollouts; `DecodeEngine` when unset, `GenerateEngine` is the reference.
         track_base: Keep a copy of the base model to log KL(base ‖ student) and how far the weights
             moved; costs one more model in memory.
+        base_storage: Precision of that copy, and of the base that a method works with. bfloat16
+            halves it and is refused unless it holds the weights exactly, as it does where a model
+            is published in bfloat16.
         lora: Train low-rank adapters (`rank`, `alpha`, …) in place of all weights; the teacher and
             the base then share the student's base weights, and checkpoints leave these out.
         quantization: Keep the base's linear layers in 4 bits (`nf4`, by bitsandbytes); needs
@@ -107,6 +111,7 @@ class StudentModule(SharedSteps):
         penalty: Penalty | None = None,
         lora: LoRA | None = None,
         quantization: Literal["nf4"] | None = None,
+        base_storage: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
         self.greedy = Sampling(max_new_tokens, temperature=0.0)
@@ -121,6 +126,11 @@ class StudentModule(SharedSteps):
         self.engine: RolloutEngine = engine or DecodeEngine()
         self.track_base = track_base
         self.penalty = penalty
+        if lora is not None and base_storage != "float32":
+            raise ValueError(
+                "model.base_storage must be float32 with model.lora: nothing is copied"
+            )
+        self.base_storage = base_storage
         self.adapters = AdapterTraining(lora, quantization)
         self.strict_loading = lora is None  # a checkpoint of adapters leaves out their base
         self.source = ModelSource(model_name, trust_remote_code, revision)
@@ -152,7 +162,8 @@ class StudentModule(SharedSteps):
         if not self.fitting:
             return
         if self.track_base or self.needs_base or self._restarts:
-            self._base = [self.adapters.base(student)]
+            base = self.adapters.base(student)
+            self._base = [halved(base) if self.base_storage == "bfloat16" else base]
         for name in self.copies:
             setattr(self, name, self.adapters.copy(student, name))
         if self.penalty is not None:

@@ -37,6 +37,21 @@ def convert(copied: PreTrainedModel, dtype: torch.dtype) -> None:
         copied.to(dtype)  # type: ignore[arg-type]
 
 
+def halved(base: PreTrainedModel) -> PreTrainedModel:
+    """The base with its weights in bfloat16, where that rounds none of them.
+
+    Raises:
+        ValueError: It would round some.
+    """
+    for name, value in base.named_parameters():
+        if not torch.equal(value.bfloat16().to(value.dtype), value):
+            raise ValueError(
+                f"model.base_storage is bfloat16, which would round the base's {name}: it must be "
+                "float32 for a model that was not published in bfloat16"
+            )
+    return base.to(torch.bfloat16)  # type: ignore[arg-type, no-any-return]
+
+
 @torch.no_grad()
 def set_weights(model: PreTrainedModel, source: PreTrainedModel) -> None:
     """Copy the parameters and buffers of a model of the same architecture, to any precision."""

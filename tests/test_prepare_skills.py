@@ -296,3 +296,18 @@ def test_real_sources(
         normalised(json.dumps(row["prompt"])) for name in SPLITS for row in read(tmp_path, name)
     ]
     assert len(prompts) == len(set(prompts)) == sum(sizes)
+
+
+# General prompts.
+
+
+def test_general_prompts_stand_alone(prepared: Prepared, tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Name a fruit.", "context": "", "response": "Plum", "category": "qa"},
+        {"instruction": "Sum it up.", "context": "A text.", "response": "x", "category": "sum"},
+        {"prompt": "Say hi.", "answer": "hi"},
+    ]
+    manifest = prepared("general", "--source", write_jsonl(tmp_path / "in.jsonl", rows))
+    assert manifest["left_out"]["unwanted"] == 1, "it is about a text that the prompt lacks"
+    task = JSONLTask("general", train=tmp_path / "out" / "train.jsonl")
+    assert {example.prompt for example in task.examples("train")} == {"Name a fruit.", "Say hi."}

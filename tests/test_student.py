@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import echo_examples, make_data, make_gpt2, make_model, make_module
+from conftest import (
+    echo_examples,
+    make_data,
+    make_gpt2,
+    make_model,
+    make_module,
+    make_tokenizer,
+)
 from lightning.pytorch import Trainer
 
 from sdft import PythonTask
 from sdft.data import ContinualDataModule
+from sdft.lora import LoRA
 from sdft.rollout import GenerateEngine, Rollout, Sampling
 from sdft.weights import frozen_copy, identity, squared_distance
 
@@ -188,3 +196,28 @@ def test_no_data_module_is_an_error(model_dir: Path, tmp_path: Path) -> None:
     trainer = Trainer(logger=False, accelerator="cpu", default_root_dir=tmp_path, max_epochs=1)
     with pytest.raises(ValueError, match="pass a ContinualDataModule"):
         trainer.fit(make_module(model_dir), train_dataloaders=[1])
+
+
+# ---------------------------------------------------------------- the base in bfloat16
+
+
+def test_a_base_in_bfloat16_is_the_published_one(fit: Fit, tmp_path: Path) -> None:
+    published = tmp_path / "published"
+    make_model().bfloat16().save_pretrained(published)
+    make_tokenizer().save_pretrained(published)
+    bases = {}
+    for storage in ("float32", "bfloat16"):
+        module = make_module(published, base_storage=storage)
+        fit(module=module, root=storage)
+        assert module.base is not None
+        assert str(module.base.dtype) == f"torch.{storage}"
+        bases[storage] = module.base
+    pairs = zip(*(base.parameters() for base in bases.values()), strict=True)
+    assert all(torch.equal(whole, half.float()) for whole, half in pairs)
+
+
+def test_a_base_that_bfloat16_would_round_is_refused(fit: Fit, model_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"base_storage is bfloat16, which would round .*weight"):
+        fit(module=make_module(model_dir, base_storage="bfloat16"))
+    with pytest.raises(ValueError, match=r"base_storage must be float32 with model.lora"):
+        make_module(model_dir, base_storage="bfloat16", lora=LoRA(rank=2))

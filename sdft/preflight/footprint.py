@@ -107,7 +107,7 @@ def _storage(configured: Configured, optimizer: str) -> Storage:
     weights = "bfloat16" if _half(configured) else "float32"
     copies: dict[str, Any] = {
         "teacher": "none",
-        "base": weights if module.track_base or module.needs_base else "none",
+        "base": module.base_storage if module.track_base or module.needs_base else "none",
     }
     if module.copies:
         stored = "bfloat16" if configured.teacher.storage == torch.bfloat16 else "float32"

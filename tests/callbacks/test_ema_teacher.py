@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from sdft.callbacks import EMATeacher, Retention, Samples
-from sdft.callbacks.ema_teacher import teacher_moved, update_average
+from sdft.callbacks.ema_teacher import teacher_moved, update_average, update_rounded
 from sdft.weights import frozen_copy
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -210,6 +210,33 @@ def test_a_bfloat16_teacher_keeps_the_motion_of_the_fp32_one() -> None:
     assert motion(teachers[torch.bfloat16], base, student) >= 0.98 * exact
 
 
+def test_a_teacher_rounded_to_nearest_all_but_stands_still() -> None:
+    """The trap of plain bfloat16, with the figure that the option's help gives."""
+    student = make_model().bfloat16().float()
+    teacher = frozen_copy(student).bfloat16()
+    base = {name: p.detach().flatten().double() for name, p in student.named_parameters()}
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.01)
+    for _ in range(250):
+        update_rounded(teacher, student, 0.01)
+    assert 0.0 < motion(teacher, base, student) < 0.04
+
+
+def test_a_run_rounds_as_it_is_told(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
+    teacher = EMATeacher(rate=0.1, storage="bfloat16", rounding="nearest")
+    assert "all but stand still" in caplog.text
+    recorder = Recorder()
+    fit(data=make_data(["only"], steps=2), teacher=teacher, callbacks=[recorder])
+    for before, after, student in zip(
+        recorder.teachers, recorder.teachers[1:], recorder.students[1:], strict=False
+    ):
+        for name, value in before.items():
+            start, own = value.bfloat16(), student[name].bfloat16()
+            expected = start.mul(1 - 0.1).add(own, alpha=0.1)
+            assert torch.equal(after[name].bfloat16(), expected), name
+
+
 def test_the_storage_of_a_run_resumes_bit_for_bit(fit: Fit) -> None:
     def run(root: str, **options: Any) -> Any:
         teacher = EMATeacher(rate=0.1, storage="bfloat16")
@@ -304,6 +331,8 @@ def test_moved_is_a_ratio_of_distances() -> None:
     [
         ({"kind": "EMA"}, "teacher.kind must be one of ema, frozen, live, found 'EMA'"),
         ({"storage": "float16"}, "teacher.storage must be one of float32, bfloat16, found"),
+        ({"rounding": "up"}, "teacher.rounding must be one of stochastic, nearest, found 'up'"),
+        ({"rounding": "nearest"}, "teacher.rounding is 'nearest', which needs .* bfloat16"),
         ({"rate": -0.1}, r"teacher.rate must lie in \[0, 1\], found -0.1"),
         ({"rate": 1.1}, r"teacher.rate must lie in \[0, 1\], found 1.1"),
         ({"rate": math.nan}, "teacher.rate must lie"),
