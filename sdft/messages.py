@@ -73,6 +73,8 @@ def check_yaml(path: Path, groups: Collection[str] = ()) -> None:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{path}{where}: no valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:  # a character that has no place in a text
+        raise ValueError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected keys and values, found {type(content).__name__}")
     for key in groups:

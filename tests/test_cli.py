@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import TEMPLATE, echo_examples, write_jsonl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console, ConsoleDimensions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft.cli import main
@@ -289,7 +290,8 @@ def test_validate_test_and_predict_from_a_checkpoint(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "240")  # Lightning's table wraps names otherwise
+    wide = property(lambda console: ConsoleDimensions(240, 50))
+    monkeypatch.setattr(Console, "size", wide)  # Lightning's table wraps names otherwise
     folder = run(config, "--trainer.default_root_dir", "out")
     report = json.loads((folder / "retention.json").read_text())
     capsys.readouterr()
