@@ -24,7 +24,7 @@ from sdft.checkpoints import FOLDER, CheckpointFolder
 from sdft.configuration import Configuration, difference_table
 from sdft.interruption import Interrupted, Interruption
 from sdft.ranks import agreed, gathered
-from sdft.run import is_dry, run_folder, task_stream
+from sdft.run import is_dry, run_folder, settle_progress, task_stream
 from sdft.sealed_io import PLACE, SealedIO, seal_unsealed
 from sdft.seeding import random_states
 from sdft.student import StudentModule
@@ -205,6 +205,7 @@ class StageCheckpoint(AfterStep, Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add where the run stands and what it was started with."""
+        settle_progress(checkpoint["loops"])
         checkpoint[PLACE] = _place(trainer)
         checkpoint[SETTINGS] = Configuration.of_run(trainer, self.command).to_dict()
 

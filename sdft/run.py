@@ -87,6 +87,24 @@ def begin_after_restart(trainer: Trainer) -> None:
         trainer.fit_loop.reset_restart_stage()
 
 
+def settle_progress(loops: dict[str, Any]) -> None:
+    """Count a finished stage's last batch as done, in a checkpoint's `loops`.
+
+    Lightning counts it after the hooks of the batch, and in a resumed run only as the next stage
+    begins. A checkpoint written between the two would have every later one lag by a batch, and a
+    run resumed from those would train that batch again.
+    """
+    fit: dict[str, Any] = loops["fit_loop"]
+    stage = fit["epoch_progress"]["current"]
+    if not stage["ready"] == stage["processed"] == stage["completed"] > 0:
+        return
+    for count in ("total", "current"):
+        batches = fit["epoch_loop.batch_progress"][count]
+        batches["completed"] = batches["processed"]
+    steps = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = steps["total"]["completed"]
+
+
 def is_logged(trainer: Trainer, step: int) -> bool:
     """Whether the logger gets an entry at the end of this optimizer step, counted from 1."""
     every = int(cast(Any, trainer).log_every_n_steps)  # 0: never

@@ -286,6 +286,11 @@ def test_a_stage_that_was_evaluated_late_has_its_files(case: str, fit: Fit, tmp_
         again, student = runs(f"from {name}", late)
         assert_same(outcome(again, student), expected)
         assert report(again) == report(trainer)
+        if again.global_step > number:  # and where that run goes on from
+            third = runs(
+                f"third, {number}", Path(again.log_dir) / f"checkpoints/step-{steps - 1}.ckpt"
+            )
+            assert_same(outcome(*third), expected)
 
 
 @pytest.mark.slow
