@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,8 +16,10 @@ from sdft.cost import Ledger
 from sdft.memory import MemoryMeter, process_peak
 from sdft.phases import PhaseClock
 from sdft.ranks import gathered, rank, ranks
-from sdft.run import is_dry, run_folder
+from sdft.run import is_dry, run_folder, task_stream
+from sdft.scorers import Judge
 from sdft.student import StudentModule
+from sdft.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +30,8 @@ class CostReport(Callback):
     The phases are `prepare` (generation before training), `generate`, `score`, `update` (backward
     pass and optimizer included), `evaluate` and `track` (divergence from the base, samples).
     `training` sums the first four. Tokens leave out padding; FLOPs are estimates (`sdft.flops`);
-    `memory_kind` says how memory was read. Time between phases (data, checkpoints) is no phase.
+    `memory_kind` says how memory was read; `judges` what judges were asked, since the run began or
+    was resumed. Time between phases (data, checkpoints) is no phase.
 
     It is written after every stage, at the end, and when the run breaks off. A resumed run goes on
     from its checkpoint's numbers: what the break has lost does not count. Several processes are
@@ -104,6 +108,7 @@ class CostReport(Callback):
         values["total"]["peak_memory_bytes"] = peak or None
         return {
             **values,
+            **_judges(task_stream(trainer).evaluated),
             "optimizer_steps": trainer.global_step,
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
             "device": _device_name(trainer.strategy.root_device),
@@ -125,6 +130,18 @@ class CostReport(Callback):
         if rank() > 0:
             return
         self.ledger.load_state_dict(state_dict["phases"])
+
+
+def _judges(tasks: Sequence[Task]) -> dict[str, Any]:
+    """What the judges of tasks have cost since this process began, of all processes together."""
+    own = {t.name: t.scorer.costs() for t in tasks if isinstance(t.scorer, Judge)}
+    judges: dict[str, Any] = {}
+    for name in own:
+        found = [costs[name] for costs in gathered(own)]
+        prices = [costs["price"] for costs in found if costs["price"] is not None]
+        sums = {key: sum(costs[key] for costs in found) for key in found[0] if key != "price"}
+        judges[name] = {**sums, "price": sum(prices) if prices else None}
+    return {"judges": judges} if judges else {}
 
 
 def _device_name(device: torch.device) -> str:

@@ -89,7 +89,8 @@ class EMATeacher(AfterStep):
         if teacher is None:
             return
         assert isinstance(pl_module, StudentModule)
-        if trainer.global_step % self.every_n_steps == 0 and self.rate > 0:
+        due = trainer.global_step % self.every_n_steps == 0 and not pl_module.holds_teacher
+        if due and self.rate > 0:
             if is_adapted(teacher):
                 lost = update_products(teacher, pl_module.model, self.rate)
                 pl_module.log("teacher/discarded", lost, batch_size=len(batch))

@@ -41,6 +41,8 @@ class Retention(Callback):
         split: Which examples are evaluated; a task without that split uses its validation split.
         limit: Evaluate at most this many examples per task; all when unset.
         artifact_patterns: Regular expressions that tell an artifact of the demonstration.
+        artifact_opening_words: An answer carries one, too, where it begins with the same so many
+            words as its example's demonstration; 0 does not compare.
         enabled: Evaluate at all.
         kl_to_base: Measure KL(base ‖ student) along the base's own greedy responses, which predicts
             forgetting (arXiv 2509.04259); needs the base (`model.track_base`).
@@ -73,6 +75,7 @@ class Retention(Callback):
         pass_temperature: float = 1.0,
         pass_limit: int | None = None,
         pass_every_stage: bool = False,
+        artifact_opening_words: int = 0,
     ) -> None:
         _check_split("split", split)
         if selection_split is not None:
@@ -88,7 +91,7 @@ class Retention(Callback):
         passes = PassAt(ks, samples, pass_temperature, pass_limit)
         self.base = BaseResponses(kl_limit)
         self.evaluator = Evaluator(
-            Artifacts(artifact_patterns or DEFAULT_ARTIFACTS),
+            Artifacts(artifact_patterns or DEFAULT_ARTIFACTS, artifact_opening_words),
             self.base if kl_to_base else None,
             passes if ks else None,
         )
@@ -260,6 +263,7 @@ def _scalars(report: RetentionReport) -> dict[str, float]:
         values[f"truncated/{name}"] = cell.truncated
         values[f"kl_base/{name}"] = cell.kl_base
         values |= {f"pass_at_{k}/{name}": found.score for k, found in (cell.pass_at or {}).items()}
+        values |= {f"{other}/{name}": found.score for other, found in (cell.details or {}).items()}
     for name, cell in report.selection.cells.items() if report.selection else ():
         values[f"selection/{name}"] = cell.score
     metrics = report.metrics()

@@ -11,7 +11,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from sdft.batch import Batch
+from sdft.callbacks.retention import Retention
 from sdft.encoded import collate
+from sdft.evaluation import Artifacts
 from sdft.flat_sharding import is_flat
 from sdft.module import SDFTModule
 from sdft.rollout import Rollout, Sampling, evaluation_mode
@@ -23,7 +25,8 @@ from sdft.student import StudentModule
 class Samples(Callback):
     """Appends sampled rollouts of the stage's task to `samples.jsonl` and TensorBoard's text.
 
-    Each record has stage, task, prompt, the teacher's prompt, the completion, and per token the
+    Each record has stage, task, prompt, the teacher's prompt, the completion, whether that carries
+    an artifact of the demonstration (as the run's `Retention` tells them), and per token the
     probability under the student and, where the method has one, under the teacher.
 
     Args:
@@ -99,6 +102,7 @@ class Samples(Callback):
             student = _chosen(student_BTV, completion.ids_BT)
             teacher = _teacher_probabilities(module, batch, completion)
         module.phases.enter("")
+        artifacts = _artifacts(trainer)
         return [
             {
                 "stage": stage,
@@ -106,10 +110,17 @@ class Samples(Callback):
                 "prompt": module.tokenizer.decode(batch.student_ids[row]),
                 "teacher_prompt": module.tokenizer.decode(batch.teacher_ids[row]),
                 "completion": module.decode(ids),
+                "artifact": artifacts(module.decode(ids), batch.examples[row]),
                 "tokens": _tokens(module, ids, student[row], teacher[row] if teacher else None),
             }
             for row, ids in enumerate(completion.completions())
         ]
+
+
+def _artifacts(trainer: Trainer) -> Artifacts:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    found = (c.evaluator.artifacts for c in callbacks if isinstance(c, Retention))
+    return next(found, Artifacts())
 
 
 def _sample(module: StudentModule, batch: Batch) -> Rollout:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sdft.adapters import MARK, own_parameters, widen, without_adapters
 from sdft.lora import LoRA
 from sdft.quantization import check_quantization
-from sdft.weights import frozen_copy
+from sdft.weights import GOOD_TEACHER, frozen_copy
 
 _SAMPLES = 256
 
@@ -55,9 +55,9 @@ class AdapterTraining:
         return frozen_copy(student) if self.lora is None else without_adapters(student)
 
     def copy(self, student: PreTrainedModel, name: str) -> PreTrainedModel:
-        """A copy of the student; one named `teacher` has room for averages."""
+        """A copy of the student; teachers have room for averages."""
         other = frozen_copy(student)
-        if self.lora is not None and name == "teacher":
+        if self.lora is not None and name in ("teacher", GOOD_TEACHER):
             widen(other, self.lora.teacher_rank or 4 * self.lora.rank)
         return other
 

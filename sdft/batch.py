@@ -28,9 +28,10 @@ class Batch:
         origins: B origins; all "new" unless a mixture joined others to the batch.
         share: Where the rows stand in the whole batch, when processes have dealt it among
             themselves; None where this is all of it.
+        kept: Whether a filter has let each row through; None where there is none.
     """
 
-    __slots__ = ("examples", "origins", "share", "student_ids", "teacher_ids")
+    __slots__ = ("examples", "kept", "origins", "share", "student_ids", "teacher_ids")
 
     def __init__(
         self,
@@ -39,12 +40,14 @@ class Batch:
         teacher_ids: Sequence[Sequence[int]] = (),
         origins: Sequence[Origin] | None = None,
         share: Share | None = None,
+        kept: Sequence[bool] | None = None,
     ) -> None:
         self.examples = list(examples)
         self.student_ids = [list(ids) for ids in student_ids]
         self.teacher_ids = [list(ids) for ids in teacher_ids]
         self.origins: list[Origin] = ["new"] * len(self.examples) if origins is None else [*origins]
         self.share = share
+        self.kept: list[bool] | None = None if kept is None else list(kept)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -57,7 +60,14 @@ class Batch:
             [self.teacher_ids[row] for row in rows] if self.teacher_ids else (),
             [self.origins[row] for row in rows],
             self.share and self.share.rows(rows),
+            self.kept and [self.kept[row] for row in rows],
         )
+
+    def keeping(self, kept: Sequence[bool]) -> Batch:
+        """The same rows, of which only these count."""
+        batch = self.rows(range(len(self)))
+        batch.kept = list(kept)
+        return batch
 
     def repeat(self, times: int) -> Batch:
         """Every example `times` times, neighbours together."""
@@ -68,6 +78,7 @@ class Batch:
     @classmethod
     def joined(cls, batches: Sequence[Batch]) -> Batch:
         """The rows of several batches, one after another."""
+        assert all(batch.kept is None for batch in batches), "filters come after"
         shares = [batch.share for batch in batches if batch.share is not None]
         assert len(shares) in (0, len(batches)), "all of them dealt, or none"
         return cls(
@@ -86,8 +97,11 @@ class Batch:
 
     @property
     def real(self) -> list[bool]:
-        """Whether each row counts (see `Share`)."""
-        return [True] * len(self) if self.share is None else list(self.share.real)
+        """Whether each row counts: is no stand-in (see `Share`), and was not dropped."""
+        real = [True] * len(self) if self.share is None else list(self.share.real)
+        return (
+            real if self.kept is None else [a and b for a, b in zip(real, self.kept, strict=True)]
+        )
 
     @property
     def count(self) -> int:

@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from importlib import import_module
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from sdft.examples import Example
 from sdft.scorers import Scorer
@@ -145,20 +146,87 @@ class RepetitionCheck(Check):
         return "repeats itself" if repeated > self.max_share * len(ngrams) else None
 
 
+class LanguageCheck(Check):
+    """Drops what is in another language, as far as that can be told.
+
+    Needs `py3langid` (`pip install 'sdft[language]'`), which knows some hundred languages, offline.
+    Short texts, numbers and code say little about their language: they are kept.
+
+    Args:
+        languages: ISO 639-1 codes of those that are kept: `en`, `de`, …
+        min_letters: Texts with fewer letters are kept.
+        min_probability: How sure it has to be that the text is in another one, in (0, 1].
+
+    Raises:
+        ValueError: No language, an unknown one, a number out of range, or no `py3langid`.
+    """
+
+    def __init__(
+        self, languages: list[str], min_letters: int = 20, min_probability: float = 0.9
+    ) -> None:
+        if min_letters < 1:
+            raise ValueError(f"LanguageCheck: min_letters must be at least 1, found {min_letters}")
+        if not 0.0 < min_probability <= 1.0:
+            raise ValueError(
+                f"LanguageCheck: min_probability must lie in (0, 1], found {min_probability}"
+            )
+        known = set(language_probabilities("a"))
+        if not languages or not known.issuperset(languages):
+            found = ", ".join(repr(name) for name in languages if name not in known) or "none"
+            raise ValueError(
+                f"LanguageCheck: languages must be among {', '.join(sorted(known))}; found {found}"
+            )
+        self.languages = set(languages)
+        self.min_letters = min_letters
+        self.min_probability = min_probability
+
+    def __call__(self, text: str, example: Example, facts: Facts) -> str | None:
+        """Ask which language it is."""
+        if sum(map(str.isalpha, text)) < self.min_letters:
+            return None
+        probabilities = language_probabilities(text)
+        likeliest = max(probabilities, key=lambda name: probabilities[name])
+        elsewhere = sum(p for name, p in probabilities.items() if name not in self.languages)
+        other = likeliest not in self.languages and elsewhere >= self.min_probability
+        return f"in {likeliest!r}" if other else None
+
+
+def language_probabilities(text: str) -> dict[str, float]:
+    """How likely each known language is, by its ISO 639-1 code.
+
+    Raises:
+        ValueError: `py3langid` is not installed.
+    """
+    try:
+        langid: Any = import_module("py3langid")
+    except ImportError as error:
+        raise ValueError("LanguageCheck needs py3langid: pip install 'sdft[language]'") from error
+    scores = dict(langid.rank(text))  # logarithms, but for a constant
+    most = max(scores.values())
+    shares = {name: math.exp(score - most) for name, score in scores.items()}
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()}
+
+
 class ScoreCheck(Check):
-    """Drops what the task's scorer scores too low; an example without an answer is kept.
+    """Drops what the task's scorer, or another one, scores too low.
+
+    An example without an answer is kept, unless the scorer is one of its own here: a judge may do
+    without.
 
     Args:
         minimum: Lowest score that is kept, in (0, 1].
+        scorer: Asked in place of the task's: for example a `Judge`.
 
     Raises:
         ValueError: A minimum outside (0, 1].
     """
 
-    def __init__(self, minimum: float = 1.0) -> None:
+    def __init__(self, minimum: float = 1.0, scorer: Scorer | None = None) -> None:
         if not (math.isfinite(minimum) and 0.0 < minimum <= 1.0):
             raise ValueError(f"ScoreCheck: minimum must lie in (0, 1], found {minimum}")
         self.minimum = minimum
+        self.scorer = scorer
 
     def __call__(self, text: str, example: Example, facts: Facts) -> str | None:
         """Score the text as a response.
@@ -166,11 +234,12 @@ class ScoreCheck(Check):
         Raises:
             ValueError: There is no scorer.
         """
-        if facts.scorer is None:
+        scorer = self.scorer or facts.scorer
+        if scorer is None:
             raise ValueError("there is no task here whose scorer could be asked")
-        if not example.answer.strip():
+        if self.scorer is None and not example.answer.strip():
             return None
-        enough = float(facts.scorer(text, example)) >= self.minimum
+        enough = float(scorer(text, example)) >= self.minimum
         return None if enough else f"scored below {self.minimum:g}"
 
 

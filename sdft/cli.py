@@ -9,42 +9,51 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import transformers
 import yaml
 from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import sdft.methods
 import sdft.mixtures
-import sdft.penalties  # noqa: F401 - the same
+import sdft.penalties
+import sdft.task_kinds  # noqa: F401 - the same
 from sdft.callbacks import (
     ConfigFile,
     CostReport,
     EMATeacher,
+    Filters,
+    Gate,
+    Guard,
     ModelExport,
     Predictions,
     Retention,
+    Review,
     Samples,
     StageCheckpoint,
     StageProgressBar,
     StageWatch,
 )
+from sdft.callbacks.review import ReviewStop
 from sdft.checkpoint_reader import check_harmless
 from sdft.checkpoints import find_checkpoint, start_of_run
 from sdft.configuration import Configuration
 from sdft.data import ContinualDataModule
+from sdft.gate.stop import GateRetry, GateStop
+from sdft.guard import GuardStop
 from sdft.interruption import farewell
 from sdft.messages import check_yaml, clear_message
 from sdft.module import SDFTModule
@@ -59,13 +68,33 @@ TRACEBACK = "SDFT_TRACEBACK"
 
 COMMANDS: dict[str, str] = {
     "budget": "sdft.budget_command",
+    "check": "sdft.drift.command",
     "checkpoints": "sdft.checkpoints_command",
     "compare": "sdft.comparison.command",
     "export": "sdft.export.command",
     "generate": "sdft.generate_command",
+    "history": "sdft.history_command",
+    "preflight": "sdft.preflight.command",
     "self_edits": "sdft.self_edits.command",
 }
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "teacher": EMATeacher,
+    "guard": Guard,
+    "filters": Filters,
+    "review": Review,
+    "gate": Gate,
+    "watch": StageWatch,
+    "retention": Retention,
+    "samples": Samples,
+    "cost": CostReport,
+    "checkpoint": StageCheckpoint,
+    "export": ModelExport,
+}
+"""Top-level keys → the callback of every run whose arguments they hold."""
+
+GROUPS = ("trainer", *CALLBACKS)
 
 SYNC = "It is recommended to use `self.log"  # values are those of all processes already
 
@@ -96,14 +125,9 @@ class SDFTCLI(LightningCLI):
     """LightningCLI with the run's callbacks as top-level keys."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `teacher`, `watch`, `retention`, `samples`, `cost`, `checkpoint` and `export`."""
-        parser.add_lightning_class_args(EMATeacher, "teacher")
-        parser.add_lightning_class_args(StageWatch, "watch")
-        parser.add_lightning_class_args(Retention, "retention")
-        parser.add_lightning_class_args(Samples, "samples")
-        parser.add_lightning_class_args(CostReport, "cost")
-        parser.add_lightning_class_args(StageCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(ModelExport, "export")
+        """Add the keys `teacher`, `guard`, `watch`, `retention`, `samples` and the others."""
+        for key, kind in CALLBACKS.items():
+            parser.add_lightning_class_args(kind, key)
         parser.set_defaults(
             {
                 "model": {"class_path": "sdft.module.SDFTModule"},
@@ -149,6 +173,9 @@ class SDFTCLI(LightningCLI):
         return trainer
 
 
+CLIT = TypeVar("CLIT", bound=SDFTCLI)
+
+
 def check_writable(root: Path) -> None:
     """Make the folder and write a probe into it, before anything is computed.
 
@@ -181,18 +208,26 @@ def main(args: list[str] | None = None) -> int:
         args: Command-line arguments; those of the process when None.
     """
     _quiet()
-    words = sys.argv[1:] if args is None else args
+    words = [
+        # An option of its own for a person at a terminal.
+        "--review.count=4" if word == "--review" else word
+        for word in (sys.argv[1:] if args is None else args)
+    ]
     try:
+        groups = () if words and words[0] in COMMANDS else GROUPS
         for path in config_files(words):
-            check_yaml(path)
+            check_yaml(path, groups)
         if words and words[0] in COMMANDS:
             return int(import_module(COMMANDS[words[0]]).main(words[1:]))
-        _run_lightning(args)
+        _fit_until_accepted(None if args is None and words == sys.argv[1:] else words)
         part_ways()
     except SIGTERMException as ended:
         if _is_first():
             print(f"sdft: {farewell(ended, words)}", file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else 128 + signal.SIGTERM
+    except (GateStop, GuardStop, ReviewStop) as stop:
+        print(f"sdft: {stop}", file=sys.stderr)
+        return 3
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK):
             raise
@@ -207,8 +242,26 @@ def _is_first() -> bool:
     return not getattr(rank_zero_only, "rank", None)
 
 
-def _run_lightning(args: list[str] | None) -> None:
-    SDFTCLI(
+def _fit_until_accepted(args: list[str] | None) -> None:
+    """Do what the command line says, again where the gate wants it otherwise."""
+    while True:
+        try:
+            lightning_cli(SDFTCLI, args)
+            return
+        except GateRetry as retry:
+            args = retry.command_line(sys.argv[1:] if args is None else args)
+            command = redacted_text(shlex.join(["python", "-m", "sdft", *args]))
+            print(f"{retry}; trying again:\n  {command}")
+
+
+def lightning_cli(kind: type[CLIT], args: list[str] | None) -> CLIT:
+    """Parse a command line of Lightning's and do what it says.
+
+    Args:
+        kind: Does it.
+        args: Command-line arguments; those of the process when None.
+    """
+    return kind(
         StudentModule,
         ContinualDataModule,
         subclass_mode_model=True,

@@ -166,10 +166,14 @@ class ContinualDataModule(LightningDataModule):
     def _cached(self, task: Task, split: Split, with_teacher: bool) -> list[Encoded]:
         key = (task, split, with_teacher)
         if key not in self._encoded:
-            limits = (self._limit(self.max_student_tokens), self._limit(self.max_teacher_tokens))
             encoder = self._student.encoder
-            self._encoded[key] = encode_split(encoder, task, split, with_teacher, *limits)
+            self._encoded[key] = encode_split(encoder, task, split, with_teacher, *self.limits)
         return self._encoded[key]
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Longest student and teacher prompt that is kept, in tokens."""
+        return self._limit(self.max_student_tokens), self._limit(self.max_teacher_tokens)
 
     def _limit(self, tokens: int) -> int:
         """`tokens`, or what the model's context leaves for a prompt where that is less."""
@@ -188,12 +192,15 @@ class ContinualDataModule(LightningDataModule):
         if not self._student.trains:
             return 1
         task = self.tasks[stage]
+        return self.batches_of(task, len(self.encoded(task, "train")))
+
+    def batches_of(self, task: Task, rows: int) -> int:
+        """Training batches of a task's stage, were it to have so many examples."""
         steps, epochs = task.steps, task.epochs
         if steps is None and epochs is None:
             steps, epochs = self.steps, self.epochs if self.steps else (self.epochs or 1)
         assert self.trainer is not None
         accumulate = self.trainer.accumulate_grad_batches
-        rows = len(self.encoded(task, "train"))
         return batches_in_stage(rows, self.batch_size, steps, epochs, accumulate)
 
     def schedule_steps(self) -> list[int]:

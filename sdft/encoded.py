@@ -76,7 +76,7 @@ def encode_split(
     Raises:
         ValueError: An example that cannot be encoded, or none of them fits.
     """
-    encoded = [_encode(encoder, task, e, split, with_teacher) for e in task.examples(split)]
+    encoded = encode_all(encoder, task, split, with_teacher)
     fits_student = [item for item in encoded if len(item.student_ids) <= student_limit]
     fits = [item for item in fits_student if len(item.teacher_ids) <= teacher_limit]
     if len(fits) == len(encoded):
@@ -95,6 +95,11 @@ def encode_split(
         )
     log.warning(message)
     return fits
+
+
+def encode_all(encoder: Encoder, task: Task, split: Split, with_teacher: bool) -> list[Encoded]:
+    """Encode a split's examples, whether they fit or not (see `encode_split`)."""
+    return [_encode(encoder, task, e, split, with_teacher) for e in task.examples(split)]
 
 
 def _encode(

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sdft.examples import Example
-from sdft.metrics import Cell
+from sdft.metrics import Cell, Estimate
+from sdft.scorers.scorer import Detailed, ScoresTogether
 from sdft.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -43,20 +44,33 @@ class Artifacts:
 
     Args:
         patterns: Regular expressions; a response carries an artifact where any of them is found.
+        opening_words: A response carries one, too, where it begins with the same so many words as
+            the demonstration of its example, which the student has not seen; 0 does not compare.
 
     Raises:
-        ValueError: A pattern that does not compile.
+        ValueError: A pattern that does not compile, or a negative number of words.
     """
 
-    def __init__(self, patterns: Sequence[str] = DEFAULT_ARTIFACTS) -> None:
+    def __init__(self, patterns: Sequence[str] = DEFAULT_ARTIFACTS, opening_words: int = 0) -> None:
+        if opening_words < 0:
+            raise ValueError(
+                f"retention.artifact_opening_words must be 0 or more, found {opening_words}"
+            )
+        self.opening_words = opening_words
         try:
             self.patterns = [re.compile(pattern) for pattern in patterns]
         except re.error as error:
             raise ValueError(f"artifact pattern {error.pattern!r} is no regex: {error}") from error
 
-    def __call__(self, text: str) -> bool:
-        """Whether any pattern is found in `text`."""
-        return any(pattern.search(text) for pattern in self.patterns)
+    def __call__(self, text: str, example: Example | None = None) -> bool:
+        """Whether any pattern is found in `text`, or it begins as the example's demonstration."""
+        return any(pattern.search(text) for pattern in self.patterns) or self._opens(text, example)
+
+    def _opens(self, text: str, example: Example | None) -> bool:
+        if self.opening_words == 0 or example is None or example.demonstration is None:
+            return False
+        opening = example.demonstration.split()[: self.opening_words]
+        return bool(opening) and text.split()[: self.opening_words] == opening
 
 
 def score_responses(
@@ -68,18 +82,41 @@ def score_responses(
         ValueError: The scorer raised or gave something that is no number in [0, 1]; names the
             task, the prompt and the cause.
     """
-    scores = []
-    for example, response in zip(examples, responses, strict=True):
-        try:
-            score = float(task.scorer(response.text, example))
-        except Exception as error:  # a user's scorer may raise anything
-            raise ValueError(
-                f"the scorer of task {task.name!r} raised {type(error).__name__}: {error} "
-                f"(prompt {example.prompt[:80]!r}, response {response.text[:80]!r})"
-            ) from error
+    if isinstance(task.scorer, ScoresTogether):
+        scores = _scored_together(task, task.scorer, examples, responses)
+    else:
+        pairs = zip(examples, responses, strict=True)
+        scores = [_scored(task, example, response) for example, response in pairs]
+    for score in scores:
         if not 0.0 <= score <= 1.0:
             raise ValueError(f"the scorer of task {task.name!r} gave {score}, not in [0, 1]")
-        scores.append(score)
+    return scores
+
+
+def _scored(task: Task, example: Example, response: Response) -> float:
+    try:
+        return float(task.scorer(response.text, example))
+    except Exception as error:  # a user's scorer may raise anything
+        raise ValueError(
+            f"the scorer of task {task.name!r} raised {type(error).__name__}: {error} "
+            f"(prompt {example.prompt[:80]!r}, response {response.text[:80]!r})"
+        ) from error
+
+
+def _scored_together(
+    task: Task, scorer: ScoresTogether, examples: Sequence[Example], responses: Sequence[Response]
+) -> list[float]:
+    try:
+        scores = list(map(float, scorer.score_all([r.text for r in responses], examples)))
+    except Exception as error:
+        raise ValueError(
+            f"the scorer of task {task.name!r} raised {type(error).__name__}: {error}"
+        ) from error
+    if len(scores) != len(responses):
+        raise ValueError(
+            f"the scorer of task {task.name!r} gave {len(scores)} scores for {len(responses)} "
+            "responses"
+        )
     return scores
 
 
@@ -98,11 +135,31 @@ def summarise(
         n=n,
         mean_length=sum(response.tokens for response in responses) / n,
         truncated=sum(response.truncated for response in responses) / n,
-        artifact=sum(artifacts(response.text) for response in responses) / n,
+        artifact=sum(
+            artifacts(response.text, example)
+            for response, example in zip(responses, examples, strict=True)
+        )
+        / n,
     )
     try:
         scored = Cell.from_scores(score_responses(task, examples, responses))
+        details = _details(task, examples, responses)
     except ValueError as error:
         log.warning("%s", error)
         return replace(unscored, error=str(error))
-    return replace(unscored, score=scored.score, ci95=scored.ci95)
+    return replace(unscored, score=scored.score, ci95=scored.ci95, details=details)
+
+
+def _details(
+    task: Task, examples: Sequence[Example], responses: Sequence[Response]
+) -> dict[str, Estimate] | None:
+    """What the scorer knows beside its scores; None where that is nothing."""
+    if not isinstance(task.scorer, Detailed):
+        return None
+    try:
+        found = task.scorer.details([response.text for response in responses], examples)
+        return {name: Estimate.from_scores(scores) for name, scores in found.items()}
+    except Exception as error:
+        raise ValueError(
+            f"the scorer of task {task.name!r} raised {type(error).__name__}: {error}"
+        ) from error

@@ -44,7 +44,7 @@ class Evaluator:
         self, module: StudentModule, task: Task, encoded: Sequence[Encoded], batch_size: int
     ) -> Cell:
         """The cell of the greedy responses alone."""
-        return agreed(self._summary(task, encoded, respond_all(module, encoded, batch_size)))
+        return self._summary(task, encoded, respond_all(module, encoded, batch_size))
 
     def cell(
         self,
@@ -75,12 +75,15 @@ class Evaluator:
         if self.pass_at is not None and with_pass_at and cell.score is not None:
             passes = sample_passes(self.pass_at, module, task, encoded, batch_size, stage)
             cell = replace(cell, pass_at=passes)
-        return agreed(cell)  # scorers are asked by every process, and need not answer alike
+        return agreed(cell)
 
     def _summary(
         self, task: Task, encoded: Sequence[Encoded], responses: Sequence[Response]
     ) -> Cell:
-        return summarise(task, [item.example for item in encoded], responses, self.artifacts)
+        if rank() != 0:  # one process asks the scorer: it may cost money, and need not answer alike
+            return agreed(Cell(score=None, n=0))
+        examples = [item.example for item in encoded]
+        return agreed(summarise(task, examples, responses, self.artifacts))
 
 
 def sample_passes(
@@ -129,11 +132,13 @@ def _sampled_scores(
 ) -> list[float] | None:
     sampling = Sampling(module.greedy.max_new_tokens, pass_at.temperature)
     responses = respond_all(module, rows, batch_size, sampling, seed)
-    try:
-        return agreed(score_responses(task, [row.example for row in rows], responses))
-    except ValueError as error:
-        log.warning("%s", error)
-        return agreed(None)
+    scores: list[float] | None = None
+    if rank() == 0:
+        try:
+            scores = score_responses(task, [row.example for row in rows], responses)
+        except ValueError as error:
+            log.warning("%s", error)
+    return agreed(scores)
 
 
 def respond_all(

@@ -198,6 +198,7 @@ class AnswerBook:
 
     def __init__(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
         self.answers = list(answers)
+        self._requests = list(requests)
         self._places: dict[PromptIds, list[int]] = {}
         for place, (request, answer) in enumerate(zip(requests, answers, strict=True)):
             if answer.kept:
@@ -205,6 +206,10 @@ class AnswerBook:
 
     def __contains__(self, prompt: object) -> bool:
         return prompt in self._places
+
+    def requests_and_answers(self) -> list[tuple[Request, Answer]]:
+        """Every request with its answer, kept or not."""
+        return list(zip(self._requests, self.answers, strict=True))
 
     def choose(
         self, prompts: Sequence[Sequence[int]], seed: int, rows: Sequence[int] | None = None

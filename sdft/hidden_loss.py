@@ -40,11 +40,16 @@ class Grader(NamedTuple):
 
 
 class _Graded(NamedTuple):
-    """Hidden states of one grader, `[N, D]`, and which of the tokens it scores; None: all."""
+    """Hidden states of one grader, `[N, D]`, and which of the tokens it scores; None: all.
+
+    `apart_N` is its divergence from itself with a wrong demonstration, infinite where it saw none;
+    None where nobody asks.
+    """
 
     head: Head
     hidden_ND: Tensor
     counts_N: Tensor | None
+    apart_N: Tensor | None = None
 
 
 class HiddenLoss:
@@ -59,6 +64,8 @@ class HiddenLoss:
         sequences: How many of them have tokens that count.
         importance: Of all completion tokens that count, by micro-batches, where the rollout came
             with log-probabilities.
+        echoes: How many tokens counted, and how many of them were masked as echoes; None where
+            nobody asks.
     """
 
     def __init__(self, module: SDFTModule, batch: Batch, completion: Rollout) -> None:
@@ -74,11 +81,37 @@ class HiddenLoss:
         if completion.logps_BT is not None:
             self._drawn_N = completion.logps_BT[completion.mask_BT]
         self._importance: list[Importance] = []
+        self.echoes = None if module.mask_echoes is None else self._weights_N.new_zeros(2)
 
     @torch.no_grad()
     def score(self) -> None:
         """Compute the teacher's hidden states at the completion tokens, and those of any other."""
-        self._graded = [self._grade(grader) for grader in self.module.graders(self.batch)]
+        module = self.module
+        graders = module.graders(self.batch)
+        self._graded = [self._grade(grader) for grader in graders]
+        if module.mask_echoes is None:
+            return
+        wrong, seen_B = module.wrong_demonstrations(self.batch)
+        for place, (right, other) in enumerate(zip(graders, module.graders(wrong), strict=True)):
+            if right.model is module.teacher:
+                apart_N = self._apart(self._graded[place], self._grade(other), seen_B)
+                self._graded[place] = self._graded[place]._replace(apart_N=apart_N)
+
+    def _apart(self, right: _Graded, wrong: _Graded, seen_B: list[bool]) -> Tensor:
+        """KL(right ‖ wrong) per token, `[N]`: infinite where nothing wrong was seen."""
+        rows_N = self.completion.mask_BT.nonzero()[:, 0]
+        seen_N = torch.tensor(seen_B, device=rows_N.device)[rows_N]
+        if right.counts_N is not None:
+            seen_N = seen_N & right.counts_N
+        apart_N = head_divergence(
+            wrong.hidden_ND,
+            wrong.head,
+            right.hidden_ND,
+            right.head,
+            temperature=self.module.sampling.temperature,
+            weights_N=seen_N.float(),
+        )
+        return apart_N.masked_fill(~seen_N, torch.inf)
 
     def _grade(self, grader: Grader) -> _Graded:
         model, rows, prompts = grader
@@ -151,6 +184,8 @@ class HiddenLoss:
         module = self.module
         if graded.counts_N is not None:
             weights_N = weights_N * graded.counts_N[part.places]
+        if graded.apart_N is not None:
+            weights_N = weights_N * ~self._echoes(part, student.detach(), weights_N, graded)
         return head_divergence(
             *student,
             graded.hidden_ND[part.places],
@@ -160,6 +195,26 @@ class HiddenLoss:
             weights_N=weights_N,
             top_k=module.divergence_top_k,
         ).sum()
+
+    @torch.no_grad()
+    def _echoes(
+        self, part: MicroBatch, student: States, weights_N: Tensor, graded: _Graded
+    ) -> Tensor:
+        """Which tokens only echo the demonstration (see `sdft.echoes`)."""
+        module, counts_N = self.module, (weights_N > 0).float()
+        assert graded.apart_N is not None
+        assert module.mask_echoes is not None
+        taught_N = head_divergence(
+            *student,
+            graded.hidden_ND[part.places],
+            graded.head,
+            temperature=module.sampling.temperature,
+            weights_N=counts_N,
+        )
+        echoes_N = graded.apart_N[part.places] < module.mask_echoes * taught_N
+        assert self.echoes is not None
+        self.echoes += torch.stack([counts_N.sum(), (counts_N * echoes_N).sum()])
+        return echoes_N
 
     def _keep(self, part: MicroBatch, student_ND: Tensor) -> None:
         if self._hidden_ND is None:

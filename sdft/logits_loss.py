@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sdft.batch import Batch
 from sdft.importance import Importance, has_dropout, token_log_probs
-from sdft.losses import sequence_mean
+from sdft.losses import sequence_mean, token_divergence
 from sdft.packing import unpack
 from sdft.rollout import Rollout
 
@@ -28,6 +29,8 @@ class LogitsLoss:
         sequences: How many of them have tokens that count.
         importance: Of all completion tokens that count, where the rollout came with
             log-probabilities.
+        echoes: How many tokens counted, and how many of them were masked as echoes; None where
+            nobody asks.
     """
 
     def __init__(self, module: SDFTModule, batch: Batch, completion: Rollout) -> None:
@@ -37,10 +40,39 @@ class LogitsLoss:
         self.importance: Importance | None = None
         self._teacher_BTV: Tensor | None = None
         self._student_BTV: Tensor | None = None
+        self._apart_BT: Tensor | None = None
+        self.echoes: Tensor | None = None
 
     def score(self) -> None:
         """Compute the teacher's logits."""
         self._teacher_BTV = self.module.score(self.batch, self.completion)
+        if self.module.mask_echoes is not None:
+            self._apart_BT = self._apart(self._teacher_BTV)
+
+    @torch.no_grad()
+    def _apart(self, teacher_BTV: Tensor) -> Tensor:
+        """KL(teacher ‖ teacher with a wrong demonstration); infinite where it saw none."""
+        wrong, seen_B = self.module.wrong_demonstrations(self.batch)
+        apart_BT = self._forward_kl(self.module.score(wrong, self.completion), teacher_BTV)
+        unseen_B = ~torch.tensor(seen_B, device=apart_BT.device)
+        return apart_BT.masked_fill(unseen_B[:, None], torch.inf)
+
+    def _forward_kl(self, student_BTV: Tensor, teacher_BTV: Tensor) -> Tensor:
+        temperature = self.module.sampling.temperature
+        return token_divergence(
+            student_BTV.float() / temperature, teacher_BTV.float() / temperature
+        )
+
+    @torch.no_grad()
+    def _kept(self, student_BTV: Tensor, teacher_BTV: Tensor) -> Tensor | None:
+        """Tokens that do not only echo the demonstration (see `sdft.echoes`); None: nobody asks."""
+        if self._apart_BT is None:
+            return None
+        assert self.module.mask_echoes is not None
+        taught_BT = self._forward_kl(student_BTV, teacher_BTV)
+        echoes_BT = self._apart_BT < self.module.mask_echoes * taught_BT
+        self.echoes = torch.stack([self._mask_BT.sum(), (self._mask_BT & echoes_BT).sum()]).float()
+        return ~echoes_BT
 
     def loss(self) -> Tensor:
         """Compare the student with what `score` found."""
@@ -48,13 +80,21 @@ class LogitsLoss:
         assert teacher_BTV is not None
         student_BTV = module.student_logits(self.batch, completion)
         self._student_BTV = student_BTV.detach()
+        kept_BT = self._kept(self._student_BTV, teacher_BTV)
         if completion.logps_BT is None:
-            return module.loss(student_BTV, teacher_BTV, self._mask_BT)
+            if kept_BT is None or module.has_own_loss:
+                mask_BT = self._mask_BT if kept_BT is None else self._mask_BT & kept_BT
+                return module.loss(student_BTV, teacher_BTV, mask_BT)
+            return sequence_mean(
+                kept_BT * module.divergence(student_BTV, teacher_BTV), self._mask_BT
+            )
         check_weighable(module, "the rollouts have log-probabilities of their own")
         importance = self._weigh(self._student_BTV, completion.logps_BT)
         counted_N = self.batch.counted(completion.mask_BT)[completion.mask_BT]
         self.importance = importance.rows(counted_N)
         weights_BT = unpack(importance.weights_N, completion.mask_BT)
+        if kept_BT is not None:
+            weights_BT = weights_BT * kept_BT
         divergence_BT = module.divergence(student_BTV, teacher_BTV)
         return sequence_mean(weights_BT * divergence_BT, self._mask_BT)
 

@@ -115,6 +115,7 @@ class Cell:
         error: Why there is no score.
         kl_base: KL(base ‖ student) per token along the base's own responses (`sdft.base_kl`).
         pass_at: pass@k by k, written as text (`sdft.pass_at`); None where it was not measured.
+        details: Other scores that the scorer knows, by name (a judge's); None without any.
     """
 
     score: float | None
@@ -126,6 +127,7 @@ class Cell:
     error: str | None = None
     kl_base: float | None = None
     pass_at: dict[str, Estimate] | None = None
+    details: dict[str, Estimate] | None = None
 
     @classmethod
     def from_scores(
@@ -146,20 +148,25 @@ class Cell:
     def to_dict(self) -> dict[str, Any]:
         """All attributes, ready for JSON; intervals as lists of two."""
         values = asdict(self)
-        for holder in (values, *(values["pass_at"] or {}).values()):
-            holder["ci95"] = None if holder["ci95"] is None else list(holder["ci95"])
+        if self.details is None:
+            del values["details"]
+        for group in (values["pass_at"], values.get("details"), {"": values}):
+            for holder in (group or {}).values():
+                holder["ci95"] = None if holder["ci95"] is None else list(holder["ci95"])
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cell:
         """The inverse of `to_dict`; all but `score` and `n` may be absent."""
-        interval, passes = values.get("ci95"), values.get("pass_at")
-        estimates = passes and {
-            k: Estimate(value["score"], (value["ci95"][0], value["ci95"][1]))
-            for k, value in passes.items()
-        }
+        interval = values.get("ci95")
         pair = None if interval is None else (interval[0], interval[1])
-        return cls(**{**values, "ci95": pair, "pass_at": estimates})
+        named = {key: _estimates(values.get(key)) for key in ("pass_at", "details")}
+        return cls(**{**values, "ci95": pair, **named})
+
+
+def _estimates(values: dict[str, Any] | None) -> dict[str, Estimate] | None:
+    pairs = {name: (v["score"], tuple(v["ci95"])) for name, v in (values or {}).items()}
+    return {name: Estimate(*pair) for name, pair in pairs.items()} or None
 
 
 class RetentionMatrix(Metric):

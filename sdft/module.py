@@ -8,14 +8,16 @@ vocabulary (arXiv 2601.19897, algorithm 1).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sdft.batch import Batch
+from sdft.batch import Batch, Origin
 from sdft.buckets import check_top_k
+from sdft.echoes import WrongDemonstrations, check_share
 from sdft.head import gathered_head
 from sdft.hidden_loss import Grader, HiddenLoss, hidden_in_parts
 from sdft.horizon import Horizon, as_horizon
@@ -30,8 +32,12 @@ from sdft.losses import (
 from sdft.micro_step import check_micro_batches
 from sdft.packing import unpack
 from sdft.ranks import gathered, part_of_mean, ranks
+from sdft.repetition import repetition
 from sdft.rollout import Rollout, Sampling, evaluation_mode
+from sdft.rollout_filter import RolloutFilter
+from sdft.run import task_stream
 from sdft.states import as_new, heads_known, keeps
+from sdft.step_options import check_step_options
 from sdft.student import StudentModule
 from sdft.window import Draw, Stale, Window, check_window, look_ahead, of_all_ranks, on_device
 
@@ -49,6 +55,9 @@ class SDFTModule(StudentModule):
         top_k: Rollouts keep this many likeliest tokens; 0 keeps all.
         skip_first_tokens: Completion tokens left out of the loss, where artifacts of the
             demonstration appear.
+        mask_echoes: Leave out tokens that only echo the demonstration: where the teacher differs
+            from a teacher with another example's demonstration by less than this share of its
+            divergence from the student. Takes one more pass of the teacher; none when unset.
         rollouts_per_prompt: Completions sampled per prompt.
         updates_per_generation: Optimizer steps whose rollouts are drawn at once, when the first of
             them begins; 1 draws each batch's when its turn comes, strictly on-policy.
@@ -72,6 +81,10 @@ class SDFTModule(StudentModule):
 
     method = "sdft"
     copies: tuple[str, ...] = ("teacher",)
+    rollout_filter: RolloutFilter | None = None
+    """Says which completions are learnt from; all when None."""
+    demonstrated: frozenset[Origin] = frozenset(("new", "past"))
+    """Rows of a batch that the teacher sees with their demonstration."""
 
     def __init__(
         self,
@@ -87,21 +100,16 @@ class SDFTModule(StudentModule):
         horizon: int | Horizon | None = None,
         micro_batch_tokens: int | None = None,
         divergence_top_k: int | None = None,
+        mask_echoes: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_alpha(alpha)
-        if temperature == 0:
-            raise ValueError("temperature must be above 0 in training, found 0")
-        if skip_first_tokens < 0:
-            raise ValueError(f"skip_first_tokens must be 0 or more, found {skip_first_tokens}")
-        if rollouts_per_prompt < 1:
-            raise ValueError(f"rollouts_per_prompt must be at least 1, found {rollouts_per_prompt}")
-        if micro_batch_tokens is not None and micro_batch_tokens < 1:
-            raise ValueError(f"micro_batch_tokens must be at least 1, found {micro_batch_tokens}")
+        check_step_options(temperature, skip_first_tokens, rollouts_per_prompt, micro_batch_tokens)
         check_window(updates_per_generation, stale)
         check_cap(importance_cap)
         check_top_k(divergence_top_k)
+        check_share(mask_echoes)
         self.alpha = alpha
         self.sampling = Sampling(self.greedy.max_new_tokens, temperature, top_p, top_k)
         self.skip_first_tokens = skip_first_tokens
@@ -112,6 +120,7 @@ class SDFTModule(StudentModule):
         self.horizon = as_horizon(horizon, self.greedy.max_new_tokens)
         self.micro_batch_tokens = micro_batch_tokens
         self.divergence_top_k = divergence_top_k
+        self.mask_echoes = mask_echoes
         self.window = Window()
         self.teacher: PreTrainedModel | None = None
 
@@ -132,6 +141,8 @@ class SDFTModule(StudentModule):
             check_micro_batches(self.trainer.strategy, type(self).__name__, self.compares_hidden)
         if self.updates_per_generation > 1 and self.stale == "correct":
             check_weighable(self, "model.stale is 'correct'")
+        if self.mask_echoes is not None:
+            self.wrong  # noqa: B018 - refuses a task that has no wrong demonstrations
 
     # ---------------------------------------------------------------- one step
 
@@ -141,7 +152,7 @@ class SDFTModule(StudentModule):
         self.phases.enter("generate")
         draw = self._draw(batch, batch_idx)
         way = HiddenLoss if self.compares_hidden else LogitsLoss
-        compared = way(self, batch, draw.completion)
+        compared = way(self, self._filtered(batch, draw.completion), draw.completion)
         self.phases.enter("score")
         compared.score()
         self.phases.enter("update")
@@ -163,6 +174,15 @@ class SDFTModule(StudentModule):
             draw = self.window.take(*place)
         assert draw is not None, "the task stream hands out the batches that it shows ahead"
         return on_device(draw, self.device)
+
+    def _filtered(self, batch: Batch, completion: Rollout) -> Batch:
+        """The batch, where only the rows count that the filter lets through."""
+        if self.rollout_filter is None:
+            return batch
+        kept = self.rollout_filter(batch, completion)
+        dropped_B = torch.tensor([not one for one in kept], dtype=torch.float32)
+        self.log_means({"train/dropped": batch.mean(dropped_B)}, batch.count)
+        return batch.keeping(kept)
 
     @property
     def compares_hidden(self) -> bool:
@@ -221,6 +241,15 @@ class SDFTModule(StudentModule):
         assert self.teacher is not None
         return [Grader(self.teacher, list(range(len(batch))), batch.teacher_ids)]
 
+    @cached_property
+    def wrong(self) -> WrongDemonstrations:
+        """Teacher prompts with other examples' demonstrations, for `mask_echoes`."""
+        return WrongDemonstrations.of_stream(task_stream(self.trainer), self.encoder)
+
+    def wrong_demonstrations(self, batch: Batch) -> tuple[Batch, list[bool]]:
+        """The batch with wrong demonstrations for the teacher, and which rows have one."""
+        return self.wrong.batch(batch, self.demonstrated)
+
     def student_logits(self, batch: Batch, completion: Rollout) -> Tensor:
         """Student logits of the completions, given the bare prompts: `[B, T, V]`."""
         return self.logits(self.model, batch.student_ids, completion)
@@ -262,6 +291,7 @@ class SDFTModule(StudentModule):
         values: dict[str, float | Tensor] = {
             "train/completion_length": batch.mean(draw.completion.lengths_B),
             "train/truncated": batch.mean(draw.completion.truncated_B),
+            "train/repetition": batch.mean(repetition(draw.completion)),
         }
         if self.horizon is not None:
             values["train/horizon"] = float(draw.limit)
@@ -270,6 +300,9 @@ class SDFTModule(StudentModule):
         self.log_means(values, batch.count)
         if (importance := compared.importance) is not None:
             self.log_means(importance.scalars(), len(importance.weights_N))
+        if compared.echoes is not None:
+            counted, masked = compared.echoes
+            self.log_means({"train/echoes": masked / counted.clamp(min=1)}, counted)
         shown = found["train/divergence"]
         self.log("divergence", shown, prog_bar=True, logger=False, batch_size=len(batch))
         compared.track()

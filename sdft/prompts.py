@@ -144,12 +144,19 @@ class PromptEncoder:
         return self._encode(self.template.messages(example))
 
     def _encode(self, messages: tuple[Message, ...]) -> list[int]:
-        ids = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **self.chat_template_kwargs,
-        )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **self.chat_template_kwargs,
+            )
+        except Exception as error:  # a template is a program: it raises anything
+            raise ValueError(
+                f"the model's chat template failed: {type(error).__name__}: {error} (last message: "
+                f"{messages[-1]['content'][:80]!r}); see the tokenizer's chat_template, and "
+                "model.chat_template_kwargs"
+            ) from error
         assert isinstance(ids, list)
         return cast(list[int], ids)

@@ -205,8 +205,10 @@ class RetentionReport:
         kl = {name: f"{c.kl_base:.2g}" for name, c in last.items() if c.kl_base is not None}
         passes = {name: _shown_passes(c) for name, c in last.items() if c.pass_at is not None}
         lines = {
+            "artifacts, first row → last": self._artifacts(),
             "KL(base ‖ student)": kl,
             f"pass@{'/'.join(map(str, self.pass_ks))}": passes,
+            "other scores": {n: _shown_details(c) for n, c in last.items() if c.details},
         }
         if self.selection is not None:
             cells = self.selection.cells.items()
@@ -219,6 +221,14 @@ class RetentionReport:
                 if values
             ),
         ]
+
+    def _artifacts(self) -> dict[str, str]:
+        """Shares of responses that carry an artifact, of the columns where any row has some."""
+        found = {}
+        for name, cells in zip(self.columns, zip(*self.rows, strict=True), strict=False):
+            if any(cell.artifact for cell in cells):
+                found[name] = " → ".join(_shown(cell.artifact) for cell in (cells[0], cells[-1]))
+        return found
 
     def _summary_line(self, column: int) -> list[str]:
         stage = f"{column + 1}. " if column < len(self.tasks) else "suite "
@@ -244,6 +254,10 @@ def _shown(value: float | None) -> str:
 def _shown_passes(cell: Cell) -> str:
     estimates = sorted((int(k), estimate) for k, estimate in (cell.pass_at or {}).items())
     return "/".join(f"{estimate.score:.2f}" for _, estimate in estimates)
+
+
+def _shown_details(cell: Cell) -> str:
+    return " ".join(f"{name} {found.score:.2f}" for name, found in (cell.details or {}).items())
 
 
 def _csv_values(cell: Cell) -> tuple[float | None, ...]:

@@ -26,6 +26,7 @@ from sdft.prompts import PromptEncoder, TeacherTemplate
 from sdft.ranks import gathered
 from sdft.rollout import Rollout, RolloutEngine, Sampling
 from sdft.run import task_stream
+from sdft.scorers import explained
 from sdft.scoring import completion_logits
 from sdft.sharding import forwarded, whole
 
@@ -219,7 +220,10 @@ class Respondent(LightningModule):
     def predict_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]]:
-        """Greedy responses as records of task, prompt, response and answer; of all processes."""
+        """Greedy responses as records of task, prompt, response and answer; of all processes.
+
+        Where the scorer can say why a response is wrong, the record has a `reason`, too.
+        """
         task = task_stream(self.trainer).evaluating[dataloader_idx]
         responses = self.respond(batch.student_ids, self.greedy)
         records = [
@@ -229,6 +233,7 @@ class Respondent(LightningModule):
                 "response": response.text,
                 "answer": example.answer,
                 "truncated": response.truncated,
+                **_reason(explained(task.scorer, response.text, example)),
             }
             for example, response in zip(batch.examples, responses, strict=True)
         ]
@@ -238,6 +243,10 @@ class Respondent(LightningModule):
         own = {place: record for place, real, record in rows if real}
         found = {place: record for part in gathered(own) for place, record in part.items()}
         return [found[place] for place in sorted(found)]
+
+
+def _reason(reason: str | None) -> dict[str, str]:
+    return {} if reason is None else {"reason": reason}
 
 
 def _of_all(values: dict[str, float], count: int) -> tuple[dict[str, float], int]:

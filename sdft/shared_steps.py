@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch
@@ -20,8 +21,29 @@ from sdft.run import is_logged
 from sdft.seeding import derive_seed, run_seed
 
 
+class Overseer(Protocol):
+    """Whoever watches the steps of training, and may keep one from being made."""
+
+    def see(self, values: Mapping[str, Scalar]) -> None:
+        """Take what a batch has logged: means over all processes, by name."""
+
+    def decide(self, optimizer: Optimizer) -> None:
+        """Look at the gradients of a whole optimizer step, before they are clipped."""
+
+
 class SharedSteps(Respondent):
-    """A respondent that trains, in one process or in several."""
+    """A respondent that trains, in one process or in several.
+
+    Attributes:
+        overseer: Is told of every step.
+        measure_every_n_steps: Optimizer steps between two measurements of what is costly, which
+            otherwise follow the logger; 0 for no more than these.
+        holds_teacher: The teacher does not move after the optimizer step under way.
+    """
+
+    overseer: Overseer | None = None
+    measure_every_n_steps = 0
+    holds_teacher = False
 
     @property
     @abstractmethod
@@ -30,8 +52,9 @@ class SharedSteps(Respondent):
 
     @property
     def logs_this_step(self) -> bool:
-        """Whether the step under way reaches the logger; costly metrics wait for it."""
-        return is_logged(self.trainer, self.trainer.global_step + 1)
+        """Whether the step under way reaches the logger or is measured; costly metrics wait."""
+        step, every = self.trainer.global_step + 1, self.measure_every_n_steps
+        return is_logged(self.trainer, step) or (every > 0 and step % every == 0)
 
     def log_means(
         self, values: Mapping[str, Scalar], count: Tensor | int, **options: Any
@@ -48,6 +71,8 @@ class SharedSteps(Respondent):
         """
         found = means(values, count, torch.empty(0, device=self.device))
         self.log_dict(found, batch_size=max(int(count), 1), **options)
+        if self.overseer is not None:
+            self.overseer.see(found)
         return found
 
     def seed_of_batch(self, batch_idx: int, rank: int) -> int:

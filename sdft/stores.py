@@ -144,6 +144,8 @@ def describe(value: Any) -> str:
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         held = describe([value.__defaults__, value.__kwdefaults__, cells])
         return f"{value.__module__}.{value.__qualname__}{_source_mark(value)}{held}"
+    if callable(getattr(value, "described", None)):  # it says itself what matters
+        return f"{describe(type(value))}({describe(value.described())})"
     return f"{describe(type(value))}({describe(_settings(value))})"
 
 

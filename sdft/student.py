@@ -158,6 +158,12 @@ class StudentModule(SharedSteps):
         if self.penalty is not None:
             self.penalty.attach(student)
 
+    def add_copy(self, name: str) -> None:
+        """Keep one more copy; to be asked for before training, while the student is the base."""
+        self.copies = tuple(dict.fromkeys((*self.copies, name)))
+        if self.student is not None and getattr(self, name, None) is None:
+            setattr(self, name, self.adapters.copy(self.student, name))
+
     @property
     def base(self) -> PreTrainedModel | None:
         """The model as it was before training, on the student's device; None when not tracked."""
@@ -184,7 +190,11 @@ class StudentModule(SharedSteps):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over the student's parameters alone, and its schedule."""
-        optimizer = self.optimizer(p for p in self.model.parameters() if p.requires_grad)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        try:
+            optimizer = self.optimizer(trained)
+        except TypeError as error:
+            raise ValueError(f"model.optimizer cannot be made of its settings: {error}") from error
         check_rates(optimizer, self.trainer.gradient_clip_val)
         fuse_on_cpu(optimizer)
         scheduler = self.scheduler(optimizer)
@@ -248,9 +258,11 @@ class StudentModule(SharedSteps):
                 self.adapters.restart(model)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Add the penalty's gradient, once per optimizer step, before clipping."""
+        """Add the penalty's gradient, once per optimizer step, before clipping; have it judged."""
         if self.penalty is not None:
             self.log("train/penalty", self.penalty.add_gradient(self.model), batch_size=1)
+        if self.overseer is not None:
+            self.overseer.decide(optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log how long each phase of the step took, and how many tokens a second it did."""

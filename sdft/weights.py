@@ -16,6 +16,9 @@ from sdft.adapters import is_adapted, own_parameters, twin
 from sdft.ranks import summed
 from sdft.sharding import gathered, is_sharded, local, original
 
+GOOD_TEACHER = "good_teacher"
+"""The module's copy of the teacher that a guard may go back to."""
+
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in fp32 and evaluation mode that never trains; of an adapted model, a twin."""
@@ -122,7 +125,9 @@ def split_copies(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, 
         Submodule → its state, as it was saved.
     """
     kept: dict[str, dict[str, Tensor]] = {}
-    for part in ("teacher", "anchor", "penalty"):
+    if any(key.startswith(f"{GOOD_TEACHER}.") for key in own):
+        _complete(weights)
+    for part in ("teacher", "anchor", "penalty", GOOD_TEACHER):
         saved = [key for key in weights if key.startswith(f"{part}.")]
         if any(key.startswith(f"{part}.") for key in own):
             kept[part] = {key.removeprefix(f"{part}."): weights[key] for key in saved}
@@ -130,3 +135,11 @@ def split_copies(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, 
             for key in saved:
                 del weights[key]
     return kept
+
+
+def _complete(weights: dict[str, Tensor]) -> None:
+    """Take the teacher for the good one in a checkpoint that has none: it had no guard."""
+    if any(key.startswith(f"{GOOD_TEACHER}.") for key in weights):
+        return
+    for key in [key for key in weights if key.startswith("teacher.")]:
+        weights[f"{GOOD_TEACHER}.{key.removeprefix('teacher.')}"] = weights[key].clone()

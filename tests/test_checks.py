@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from sdft.checks import (
     AnyCheck,
     Check,
     Facts,
+    LanguageCheck,
     LengthCheck,
     RegexCheck,
     RepetitionCheck,
@@ -20,7 +22,7 @@ from sdft.checks import (
     reason_to_drop,
     shown_reasons,
 )
-from sdft.scorers import ExactMatch
+from sdft.scorers import ExactMatch, Scorer
 
 EXAMPLE = Example(({"role": "user", "content": "say b"},), "b")
 
@@ -160,3 +162,50 @@ def test_yaml_names_ours_by_class_and_a_users_by_import_path() -> None:
     assert dropped(checks[0], tokens=1) == "shorter than 2 tokens"
     assert dropped(checks[1], "please") == "is rude"
     assert dropped(checks[2], "a") == "has a vowel"
+
+
+# ---------------------------------------------------------------- language, another scorer
+
+
+def test_other_languages_are_dropped_where_that_can_be_told() -> None:
+    pytest.importorskip("py3langid")
+    check = LanguageCheck(["en"])
+    example, facts = Example(({"role": "user", "content": "?"},), ""), Facts(9, False)
+    assert check("The weather is nice today, so we went out for a walk.", example, facts) is None
+    german = "Das Wetter ist heute schön, deshalb gingen wir spazieren."
+    assert check(german, example, facts) == "in 'de'"
+    assert LanguageCheck(["en", "de"])(german, example, facts) is None
+    assert check("Nein, danke.", example, facts) is None  # too short to tell
+    assert check("123 456 789 " * 10, example, facts) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"languages": []}, "found none"),
+        ({"languages": ["en", "klingon"]}, "found 'klingon'"),
+        ({"languages": ["en"], "min_letters": 0}, "min_letters must be at least 1"),
+        ({"languages": ["en"], "min_probability": 0.0}, r"must lie in \(0, 1\]"),
+    ],
+)
+def test_bad_languages_are_named(options: dict[str, Any], message: str) -> None:
+    pytest.importorskip("py3langid")
+    with pytest.raises(ValueError, match=message):
+        LanguageCheck(**options)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "py3langid", None)
+    with pytest.raises(ValueError, match=r"pip install 'sdft\[language\]'"):
+        LanguageCheck(["en"])
+
+
+def test_a_scorer_of_its_own_is_asked_in_place_of_the_tasks() -> None:
+    class Short(Scorer):
+        def __call__(self, response: str, example: Example) -> float:
+            return float(len(response) < 3)
+
+    check = ScoreCheck(1.0, Short())
+    example = Example(({"role": "user", "content": "?"},), "")
+    assert check("ab", example, Facts(1, False)) is None
+    assert check("abc", example, Facts(1, False)) == "scored below 1"

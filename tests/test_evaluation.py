@@ -107,3 +107,78 @@ def test_patterns_of_ones_own() -> None:
     assert not Artifacts(["^done"])("Based on the text")
     with pytest.raises(ValueError, match=r"artifact pattern '\(' is no regex"):
         Artifacts(["("])
+
+
+class Together:
+    """Scores many responses at once."""
+
+    def __init__(self, scores: Any) -> None:
+        self.scores = scores
+        self.asked: list[int] = []
+
+    def __call__(self, response: str, example: Example) -> float:
+        raise AssertionError("one by one costs too much")
+
+    def score_all(self, responses: list[str], examples: list[Example]) -> list[float]:
+        self.asked.append(len(responses))
+        if isinstance(self.scores, Exception):
+            raise self.scores
+        return list(self.scores)
+
+
+def test_a_scorer_of_many_responses_is_asked_once() -> None:
+    scorer = Together([1, 0.5, 0])
+    assert summary(scorer, *THREE).score == 0.5
+    assert scorer.asked == [3]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0, 1.0], "gave 2 scores for 3 responses"),
+        ([1.0, 1.0, 2.0], "gave 2.0, not in [0, 1]"),
+        (RuntimeError("no"), "raised RuntimeError: no"),
+    ],
+)
+def test_a_scorer_of_many_that_fails_is_an_undefined_cell(scores: Any, message: str) -> None:
+    cell = summary(Together(scores), *THREE)
+    assert cell.score is None
+    assert f"the scorer of task 'maths' {message}" in cell.error
+
+
+class Knowing(Together):
+    def details(self, responses: list[str], examples: list[Example]) -> dict[str, list[float]]:
+        return {"lenient": [1.0] * len(responses)}
+
+
+def test_other_scores_of_a_scorer_stand_beside_its_own() -> None:
+    cell = summary(Knowing([1, 0, 0]), *THREE)
+    assert cell.score == pytest.approx(1 / 3)
+    assert {name: found.score for name, found in cell.details.items()} == {"lenient": 1.0}
+    assert cell.from_dict(cell.to_dict()) == cell
+    assert "details" not in summary(by_length, *THREE).to_dict()
+
+
+def test_the_opening_of_the_demonstration() -> None:
+    example = Example(({"role": "user", "content": "q"},), "b", demonstration="See the rule: b")
+    three = Artifacts([], opening_words=3)
+    assert three("See  the\nrule: c", example)
+    assert not three("See the other", example)
+    assert not three("See the", example)
+    assert not three("See the rule: c")
+    assert not Artifacts([])("See the rule: c", example)
+    bare = Example(example.messages, "b")
+    assert not three("See the rule: c", bare)
+    whole = Example(example.messages, "b", demonstration="b")
+    assert three("b", whole)
+    with pytest.raises(ValueError, match="artifact_opening_words must be 0 or more, found -1"):
+        Artifacts([], -1)
+
+
+def test_a_cell_compares_each_response_with_its_own_demonstration() -> None:
+    task = task_with(by_length)
+    examples = task.examples("test")[:2]
+    said = [Response(e.demonstration or "", 3, False) for e in reversed(examples)]
+    artifacts = Artifacts([], opening_words=2)
+    assert summarise(task, examples, said, artifacts).artifact == 0.0
+    assert summarise(task, examples, said[::-1], artifacts).artifact == 1.0

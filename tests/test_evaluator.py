@@ -11,7 +11,7 @@ from conftest import LETTERS, make_module, sharpen
 
 from sdft import Example, PythonTask, SDFTModule
 from sdft.encoded import Encoded
-from sdft.evaluation import Artifacts
+from sdft.evaluation import Artifacts, summarise
 from sdft.evaluator import Evaluator, respond_all, sample_passes
 from sdft.pass_at import PassAt, pass_at_k
 from sdft.rollout import Sampling
@@ -152,3 +152,30 @@ def test_a_cell_has_pass_at_k_where_it_is_wanted(module: SDFTModule) -> None:
     nothing = evaluator.cell(module, task(), [], 8, stage=0, with_pass_at=True)
     assert (nothing.n, nothing.pass_at) == (0, None)
     assert set(LETTERS) > {item.example.answer for item in encoded}
+
+
+class Once(Scorer):
+    """Counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, response: str, example: Example) -> float:
+        self.asked += 1
+        return 1.0
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_process_asks_the_scorer(
+    module: SDFTModule, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """A judge costs money: the others take what rank 0 found."""
+    encoded, scorer = encode(module), Once()
+    responses = respond_all(module, encoded, 8)
+    of_rank_0 = summarise(task(Once()), [i.example for i in encoded], responses, Artifacts())
+    monkeypatch.setattr("sdft.evaluator.respond_all", lambda *args: responses)
+    monkeypatch.setattr("sdft.evaluator.rank", lambda: place)
+    monkeypatch.setattr("sdft.evaluator.agreed", lambda own: own if place == 0 else of_rank_0)
+    cell = Evaluator(Artifacts(), None, None).cell(module, task(scorer), encoded, 8, 1, False)
+    assert cell == of_rank_0
+    assert scorer.asked == (len(encoded) if place == 0 else 0)

@@ -19,6 +19,7 @@ ENTRY = {
     "sdft/comparison/command.py",
     "sdft/export/command.py",
     "sdft/generate_command.py",
+    "sdft/preflight/command.py",
 }
 
 

@@ -115,6 +115,40 @@ def disjoint_splits(
     return splits
 
 
+def shared_out(
+    rows: Sequence[Row], test: Sequence[Row], shares: tuple[int, int, int], seed: int
+) -> dict[str, list[Row]]:
+    """Train, validation and test rows by shares, no text twice, each in a random order.
+
+    Args:
+        rows: Rows to share out; texts of `test` are left out.
+        test: The test rows, where the source has its own: then the third share is not taken.
+        shares: Of training, validation and test, in percent.
+        seed: Shuffles.
+
+    Raises:
+        ValueError: Shares that are no percentages, or too few rows to give every split one.
+    """
+    if min(shares) < 0 or sum(shares) != 100 or not shares[0]:
+        raise ValueError(f"shares must be three percentages that sum to 100, found {shares}")
+    rng = random.Random(seed)
+    tested = without_repeats(test)
+    rest = without_repeats(rows, taken=tested)
+    rng.shuffle(tested)
+    rng.shuffle(rest)
+    train, validation, held = shares if not tested else (shares[0], shares[1], 0)
+    whole = train + validation + held
+    # A split that has a share has a row.
+    sizes = [max(1, round(len(rest) * part / whole)) if part else 0 for part in (held, validation)]
+    if sum(sizes) >= len(rest):
+        raise ValueError(f"{len(rest)} rows are too few to be shared out {shares}")
+    return {
+        "train": rest[sum(sizes) :],
+        "validation": rest[sizes[0] : sum(sizes)],
+        "test": tested or rest[: sizes[0]],
+    }
+
+
 def _by_label(rows: Sequence[Row], rng: random.Random) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:

@@ -38,6 +38,7 @@ EVALUATION = (
             "limit",
             "selection_split",
             "artifact_patterns",
+            "artifact_opening_words",
             "kl_to_base",
             "kl_limit",
             "pass_at",

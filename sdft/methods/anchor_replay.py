@@ -37,6 +37,7 @@ class AnchorReplayModule(SDFTModule):
     method = "anchor_replay"
     needs_rows: Origin | None = "past"
     copies: tuple[str, ...] = ("teacher", "anchor")
+    demonstrated: frozenset[Origin] = frozenset(("new",))
 
     def __init__(self, anchor: AnchorKind = "stage_start", **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from sdft.batch import Batch
 from sdft.callbacks import (
     CostReport,
     EMATeacher,
+    Filters,
+    Guard,
     ModelExport,
     Predictions,
     Retention,
@@ -33,6 +36,7 @@ from sdft.callbacks import (
     StageWatch,
 )
 from sdft.checks import Check, Facts
+from sdft.guard import Action, Rule
 from sdft.lora import LoRA
 from sdft.losses import sequence_mean, token_divergence
 from sdft.methods import (
@@ -48,6 +52,7 @@ from sdft.mixtures import GeneralPrompts, PastReplay, Reinvoke
 from sdft.module import SDFTModule
 from sdft.optim import AdamWBF16
 from sdft.penalties import EWC, L2ToStart
+from sdft.ranks import rank, ranks
 from sdft.rollout import Rollout
 from sdft.run import run_folder
 from sdft.scorers import Scorer
@@ -126,6 +131,14 @@ def die(rank: int, call: int, name: str) -> None:
     setattr(module, attribute, dying)
 
 
+class Breaking(SDFTModule):
+    """Its loss is no number in the second step, in one process alone."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * math.nan if self.global_step == 1 and rank() == ranks() - 1 else loss
+
+
 class Kept(Callback):
     """Keeps every step's logged values, and what each process has drawn."""
 
@@ -170,6 +183,11 @@ def other(kind: type[StudentModule]) -> Callable[..., StudentModule]:
     return lambda folder, **options: make_method(kind, folder, **OPTIONS | options)
 
 
+def always(*actions: Action, patience: int) -> Rule:
+    """A rule that everything breaks."""
+    return Rule(actions, deviations=None, above=-1.0, patience=patience)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "sdft": {},
     "sdft, accumulation and clipping": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05},
@@ -191,6 +209,21 @@ CASES: dict[str, dict[str, Any]] = {
     "whole logits, drawn ahead": {
         "module": partial(sdft_module, kind=OwnScore),
         "options": {"updates_per_generation": 2},
+    },
+    "filters": {"filters": {"checks": [Some()]}},
+    "masked echoes": {"options": {"mask_echoes": 0.9, "skip_first_tokens": 0}},
+    "masked echoes, whole logits": {
+        "module": partial(sdft_module, kind=OwnScore),
+        "options": {"mask_echoes": 0.9},
+    },
+    "a loss that is no number in one process": {"module": partial(sdft_module, kind=Breaking)},
+    "a guard that acts": {
+        "guard": {
+            "length": always("lower_lr", patience=2),
+            "truncated": always("freeze_teacher", patience=3),
+            "repetition": always("reset_teacher", "skip_step", patience=4),
+            "again": 2,
+        },
     },
     "l2": {"options": lambda: {"penalty": L2ToStart(0.5)}},
     "ewc": {"options": lambda: {"penalty": EWC(5.0, examples=3)}},
@@ -298,7 +331,9 @@ def run(
         logger=TensorBoardLogger(folder, default_hp_metric=False),
         callbacks=[
             case.get("teacher", partial(EMATeacher, rate=0.1))(),
+            Guard(**case.get("guard", {})),
             StageWatch(**case.get("watch", {})),
+            Filters(**case.get("filters", {})),
             Retention(**case.get("retention", {})),
             Samples(2),
             CostReport(),

@@ -41,4 +41,4 @@ def test_a_training_step_makes_the_calls_of_the_formulas(tmp_path: Path) -> None
     }
     # Beside the norms: the loss's count, and two calls for the logged means.
     clipping = next(call for call in by_formula if call.phase == "clipping")
-    assert norms == [(clipping.calls + 1, clipping.size + 8), (2, 40)]
+    assert norms == [(clipping.calls + 1, clipping.size + 8), (2, 48)]

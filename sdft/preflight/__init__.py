@@ -1,0 +1,1 @@
+"""What a run will meet, measured before it is paid for: `python -m sdft preflight`."""
