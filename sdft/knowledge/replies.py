@@ -105,9 +105,7 @@ class Replies:
             finally:
                 os.fsync(file.fileno())
 
-    def _keep(
-        self, file: TextIO, key: str, what: str, model: JudgeModel, reply: Reply
-    ) -> None:
+    def _keep(self, file: TextIO, key: str, what: str, model: JudgeModel, reply: Reply) -> None:
         spent = (reply.usage.prompt_tokens, reply.usage.completion_tokens)
         self._known[key] = Said(reply.text, reply.truncated, *spent)
         about = {"key": key, "for": what, "model": redacted_text(model.name)}
