@@ -29,9 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "configs" / "paper"
 COMPARISONS = sorted(PAPER.glob("compare_*.yaml"))
 RUNS = sorted(
-    file
-    for file in PAPER.rglob("*.yaml")
-    if file not in COMPARISONS and file.stem not in ("base", "ema_05")
+    file for file in PAPER.rglob("*.yaml") if file not in COMPARISONS and file.stem != "base"
 )
 DOCUMENT = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
 METHODS = {"reinvoke": "reinvoke", "cpt_articles": "cpt", "teacher_samples_soft": "teacher_samples"}
