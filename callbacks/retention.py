@@ -261,6 +261,8 @@ def _scalars(report: RetentionReport) -> dict[str, float]:
         values[f"length/{name}"] = cell.mean_length
         values[f"artifact/{name}"] = cell.artifact
         values[f"truncated/{name}"] = cell.truncated
+        values[f"thought_length/{name}"] = cell.thought_length
+        values[f"unfinished/{name}"] = cell.unfinished
         values[f"kl_base/{name}"] = cell.kl_base
         values |= {f"pass_at_{k}/{name}": found.score for k, found in (cell.pass_at or {}).items()}
         values |= {f"{other}/{name}": found.score for other, found in (cell.details or {}).items()}
