@@ -21,6 +21,7 @@ from sdft.run import is_dry, method_label, run_folder, task_stream
 from sdft.seeding import run_seed
 from sdft.selector import Selector
 from sdft.student import StudentModule
+from sdft.suite import Suite
 from sdft.tasks import Split, Task
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class Retention(Callback):
             Artifacts(artifact_patterns or DEFAULT_ARTIFACTS, artifact_opening_words),
             self.base if kl_to_base else None,
             passes if ks else None,
+            limit,
         )
         self.rows: list[list[Cell]] = []
         self.columns: list[str] = []
@@ -110,7 +112,9 @@ class Retention(Callback):
             raise ValueError("retention.kl_to_base must be false with FSDPStrategy")
         data = task_stream(trainer)
         for task in data.evaluated:
-            if not self._examples(data, task):
+            if isinstance(task, Suite) and isinstance(pl_module, StudentModule):
+                task.prepare(pl_module)
+            elif not self._examples(data, task):
                 log.warning("%r has no %s or validation examples", task.name, self.split)
         self.selector.examined(data)
         self._fit_columns([task.name for task in data.evaluated])

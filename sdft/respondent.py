@@ -30,6 +30,7 @@ from sdft.run import task_stream
 from sdft.scorers import explained
 from sdft.scoring import completion_logits
 from sdft.sharding import forwarded, whole
+from sdft.suite import Suite
 from sdft.thinking import Thinking, ThoughtReader
 
 log = logging.getLogger(__name__)
@@ -264,6 +265,15 @@ class Respondent(LightningModule):
             add_dataloader_idx=False,
             batch_size=count,
         )
+
+    def on_test_epoch_end(self) -> None:
+        """What suites measure by themselves, on their own examples."""
+        data = task_stream(self.trainer)
+        for suite in data.suites:
+            if isinstance(suite, Suite):
+                cell = suite.measure(self, data.eval_batch_size)
+                if cell.score is not None:
+                    self.log(f"test/{suite.name}/accuracy", cell.score, batch_size=cell.n)
 
     def predict_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
