@@ -193,7 +193,9 @@ def test_a_template_without_the_switch_is_refused(thinker: Path, model_dir: Path
 
 def test_markers_alone_need_no_template_that_thinks(model_dir: Path) -> None:
     module = make_module(model_dir, thinking=Thinking())
-    assert module.encoder.student_ids(EXAMPLE) == make_module(model_dir).encoder.student_ids(EXAMPLE)
+    assert module.encoder.student_ids(EXAMPLE) == make_module(model_dir).encoder.student_ids(
+        EXAMPLE
+    )
     assert module.response([1], [9, 1], False).thoughts == Thoughts(0, True, "", "a")
 
 

@@ -150,6 +150,12 @@ class StudentLM(LM):  # type: ignore[misc]
         return int(tokenizer.eos_token_id if start is None else start)
 
     @property
+    def unanswered(self) -> frozenset[Doc]:
+        """Examples with a completion whose thoughts have no end."""
+        found = self.responses.items()
+        return frozenset(doc for doc, own in found if any(one.unanswered for one in own))
+
+    @property
     def room(self) -> int | None:
         """Tokens of the model's context; None when unlimited."""
         config = self.module.model.config.get_text_config()

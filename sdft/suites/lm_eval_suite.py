@@ -180,9 +180,7 @@ class LMEvalSuite(Suite):
             results,
             self._loaded.aggregations,
             frozenset(model.unfit),
-            frozenset(
-                doc for doc, own in model.responses.items() if any(r.unanswered for r in own)
-            ),
+            model.unanswered,
         )
         return replace(found.cell(self.metric, self.filter), **lengths(model.responses.values()))
 

@@ -106,9 +106,7 @@ class Found:
         whole = self._aggregate(metric, chosen)
         for way in (_mean, _mean_of_all, _mean_of_tasks):
             full = way(values)
-            if full is not None and (
-                whole is None or math.isclose(full.score, whole, abs_tol=_CLOSE)
-            ):
+            if full is not None and _is(full.score, whole):
                 kept = self._kept(values)
                 found = way(kept)
                 assert found is not None
@@ -140,6 +138,10 @@ class Found:
         scores = sorted(float(aggregation(sample)) for sample in samples)
         low, high = scores[_RESAMPLES // 40], scores[-1 - _RESAMPLES // 40]
         return Estimate(whole, (max(0.0, min(low, whole)), min(1.0, max(high, whole))))
+
+
+def _is(score: float, whole: float | None) -> bool:
+    return whole is None or math.isclose(score, whole, abs_tol=_CLOSE)
 
 
 def _only(what: str, wanted: str | None, there: Sequence[str], name: str) -> str:
