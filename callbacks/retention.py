@@ -115,11 +115,10 @@ class Retention(Callback):
         """Read the examples now: what cannot be read fails before anything is trained."""
         if not self.enabled:
             return
-        if self.evaluator.base is not None and is_flat(getattr(pl_module, "model", None)):
+        flat = is_flat(getattr(pl_module, "model", None))
+        if self.evaluator.base is not None and flat:
             raise ValueError("retention.kl_to_base must be false with FSDPStrategy")
-        if isinstance(self.evaluator, CachedEvaluator) and is_flat(
-            getattr(pl_module, "model", None)
-        ):
+        if isinstance(self.evaluator, CachedEvaluator) and flat:
             raise ValueError("retention.cache must be unset with FSDPStrategy")
         data = task_stream(trainer)
         for task in data.evaluated:

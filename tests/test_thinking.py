@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ ID = {word: i for i, word in enumerate(WORDS)}
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant : {% if enable_thinking is defined %}"
-    "{% if enable_thinking %}<think>\n{% else %}<think> </think>\n\n{% endif %}{% endif %}{% endif %}"
+    "{% if enable_thinking %}<think>\n{% else %}<think> </think>\n\n{% endif %}"
+    "{% endif %}{% endif %}"
 )
 USER = ({"role": "user", "content": "a b"},)
 EXAMPLE = Example(USER, answer="c d", demonstration="c d")
@@ -152,7 +154,7 @@ def test_other_markers() -> None:
     ],
 )
 def test_bad_settings_are_named(options: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
         Thinking(**options)
     assert all(word in str(error.value) for word in words)
 
@@ -182,7 +184,7 @@ def test_without_the_key_nothing_changes(thinker: Path) -> None:
 
 
 def test_a_template_without_the_switch_is_refused(thinker: Path, model_dir: Path) -> None:
-    with pytest.raises(ValueError, match="no 'enable_thinking'.*model.thinking.switch"):
+    with pytest.raises(ValueError, match=r"no 'enable_thinking'.*model\.thinking\.switch"):
         make_module(model_dir, thinking=Thinking(student=True)).encoder  # noqa: B018
     with pytest.raises(ValueError, match="no 'effort'"):
         make_module(thinker, thinking=Thinking(teacher="high", switch="effort")).encoder  # noqa: B018
@@ -192,10 +194,8 @@ def test_a_template_without_the_switch_is_refused(thinker: Path, model_dir: Path
 
 
 def test_markers_alone_need_no_template_that_thinks(model_dir: Path) -> None:
-    module = make_module(model_dir, thinking=Thinking())
-    assert module.encoder.student_ids(EXAMPLE) == make_module(model_dir).encoder.student_ids(
-        EXAMPLE
-    )
+    module, plain = make_module(model_dir, thinking=Thinking()), make_module(model_dir)
+    assert module.encoder.student_ids(EXAMPLE) == plain.encoder.student_ids(EXAMPLE)
     assert module.response([1], [9, 1], False).thoughts == Thoughts(0, True, "", "a")
 
 
@@ -273,7 +273,7 @@ def test_the_loss_leaves_thoughts_out_where_it_is_to(thinker: Path) -> None:
 
 def test_a_method_without_a_mask_refuses_to_leave_thoughts_out(thinker: Path) -> None:
     SFTModule(model_name=str(thinker), thinking=Thinking())
-    with pytest.raises(ValueError, match="model.thinking.learnt must be 'everything'.*'sft'"):
+    with pytest.raises(ValueError, match=r"thinking\.learnt must be 'everything'.*'sft'"):
         SFTModule(model_name=str(thinker), thinking=Thinking(learnt="answer"))
 
 

@@ -1,4 +1,8 @@
-"""What an object computes, told by its class, its code and its state."""
+"""What an object computes, told by its class, its code and its state.
+
+Stricter than `sdft.stores.describe`, which a run's own store is found by: what runs share must not
+be taken for something else, so whatever cannot be told is refused.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence, Set
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import distributions
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -60,6 +64,10 @@ def _function(value: Any, depth: int) -> Any:
 
 
 def _name(value: Any) -> str:
+    """The place of a class or function whose code is in a file, or in an installed package."""
+    home = sys.modules.get(value.__module__)
+    if home is None or not (hasattr(home, "__file__") or home.__name__ in sys.builtin_module_names):
+        raise Undescribed(f"{value.__qualname__} was not written in a file")
     return f"{value.__module__}.{value.__qualname__}"
 
 
@@ -74,6 +82,8 @@ _WAYS: tuple[tuple[Any, Callable[[Any, int], Any]], ...] = (
     (type, lambda v, d: _name(v)),
     (FunctionType, _function),
     (BuiltinFunctionType, lambda v, d: _name(v)),
+    (MethodType, lambda v, d: [described(v.__func__, d), described(v.__self__, d)]),
+    (partial, lambda v, d: [described(one, d) for one in (v.func, v.args, v.keywords)]),
     (Mapping, lambda v, d: ["map", [[described(k, d), described(o, d)] for k, o in v.items()]]),
     (Set, lambda v, d: ["set", sorted(map(repr, (described(one, d) for one in v)))]),
     (Sequence, lambda v, d: [type(v).__name__, [described(one, d) for one in v]]),

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from sdft.base_kl import BaseResponses
 from sdft.cell_cache.described import Undescribed
 from sdft.cell_cache.facts import Facts, facts_of
+from sdft.cell_cache.model_digest import model_digest
 from sdft.cell_cache.store import CellStore, Entry
-from sdft.cell_cache.weights import weights_digest
 from sdft.encoded import Encoded
 from sdft.evaluation import Artifacts
 from sdft.evaluator import Evaluator
@@ -66,7 +66,7 @@ class CachedEvaluator(Evaluator):
 
     @contextmanager
     def _held(self, module: StudentModule) -> Iterator[None]:
-        self._weights = weights_digest(module.model)
+        self._weights = model_digest(module.model)
         try:
             yield
         finally:
@@ -111,7 +111,7 @@ class CachedEvaluator(Evaluator):
         self, module: StudentModule, task: Task, encoded: Sequence[Encoded], more: Facts
     ) -> Facts | None:
         """None where not everything that the cell depends on can be told."""
-        weights = self._weights or weights_digest(module.model)
+        weights = self._weights or model_digest(module.model)
         try:
             return {"weights": weights, **facts_of(self, module, task, encoded), **more}
         except Undescribed as reason:
@@ -122,7 +122,7 @@ class CachedEvaluator(Evaluator):
         if self.base is None or module.base is None:
             return None
         if self._base is None or self._base[0] is not module.base:
-            self._base = (module.base, weights_digest(module.base))  # nothing ever changes it
+            self._base = (module.base, model_digest(module.base))  # nothing ever changes it
         return [self._base[1], self.base.limit]
 
     # ---------------------------------------------------------------- the folder

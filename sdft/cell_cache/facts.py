@@ -65,9 +65,15 @@ def _answering(module: StudentModule) -> Any:
         module.pad_id,
         described(module.thinking),
         described(module.template_kwargs),
-        described(module.engine),
+        _engine(module.engine),
         _tokenizer(module),
     ]
+
+
+def _engine(engine: Any) -> Any:
+    """An engine's settings; what it keeps for itself (a model of its own) is no setting."""
+    own = {name: value for name, value in vars(engine).items() if not name.startswith("_")}
+    return [described(type(engine)), described(own)]
 
 
 def _tokenizer(module: StudentModule) -> Any:

@@ -18,7 +18,7 @@ _ELSEWHERE = ("_name_or_path", "transformers_version", "architectures")
 
 
 @torch.no_grad()
-def weights_digest(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel) -> str:
     """SHA-256 of a model's weights, buffers and settings; a collective call for a sharded model.
 
     Every bit counts, with its name, type and shape. Adapters count as they are, unmerged, and
