@@ -254,13 +254,9 @@ def test_a_damaged_or_exchanged_file_is_no_entry(tmp_path: Path) -> None:
     store.keep({"a": 1}, ENTRY)
     (file,) = tmp_path.rglob("*.json")
     whole = file.read_text()
-    for text in (
-        whole[:40],
-        "",
-        "[]",
-        whole.replace('"a": 1', '"a": 2'),
-        whole.replace(": 1,", ": 9,"),
-    ):
+    exchanged = whole.replace('"a": 1', '"a": 2')
+    newer = whole.replace('"format": 1', '"format": 9')
+    for text in (whole[:40], "", "[]", exchanged, newer):
         file.write_text(text)
         assert store.get({"a": 1}) is None
     file.write_text(whole)

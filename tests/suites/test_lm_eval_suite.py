@@ -183,11 +183,11 @@ def test_what_is_not_there_is_named_before_anything_is_trained(
 def test_code_runs_only_where_that_is_allowed(
     package: str, module: SDFTModule, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="'humaneval' executes code.*run_code"):
+    with pytest.raises(ValueError, match=r"'humaneval' executes code.*run_code"):
         LMEvalSuite("humaneval")
     LMEvalSuite("humaneval", run_code=True)
     file = task_file(tmp_path, "tiny_written", WRITTEN, unsafe_code=True)
-    with pytest.raises(ValueError, match="'tiny_written' executes code.*run_code"):
+    with pytest.raises(ValueError, match=r"'tiny_written' executes code.*run_code"):
         LMEvalSuite("x", file).prepare(module)
     assert LMEvalSuite("x", file, run_code=True).measure(module, 8).score is not None
 
