@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import make_module, sharpen
+from conftest import WORDS, make_module, sharpen
+from transformers import PreTrainedModel
 
 from sdft import SDFTModule
-from sdft.rollout import Sampling
+from sdft.rollout import Rollout, RolloutEngine, Sampling, gathered_rollout
 from sdft.suites import completions
 from sdft.suites.completions import Order, complete
 from sdft.thinking import Thinking
@@ -65,17 +67,48 @@ def test_draws_do_not_depend_on_their_company(module: SDFTModule) -> None:
     assert other != alone
 
 
+class Scripted(RolloutEngine):
+    """Says the same to every prompt, and goes on where a prompt holds the first words of it."""
+
+    def __init__(self, words: str, prompt: int) -> None:
+        self.ids, self.prompt = [WORDS.index(word) for word in words.split()], prompt
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        pad_id: int,
+    ) -> Rollout:
+        said = [len(prompt) - self.prompt for prompt in prompts]
+        words = [self.ids[start : start + sampling.max_new_tokens] for start in said]
+        return gathered_rollout(words, sampling, eos_ids, pad_id, model.device)
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "thoughts", "finished"),
+    [
+        ("g a b h c a d </s>", "c", 4, True),
+        ("g a b h a </s>", "", 4, True),
+        ("g b b b b b b b b b b b", "", 12, False),
+        ("c b a </s>", "c b", 0, True),
+    ],
+)
 def test_thoughts_are_not_cut_but_left_out(
-    module: SDFTModule, monkeypatch: pytest.MonkeyPatch
+    module: SDFTModule,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    text: str,
+    thoughts: int,
+    finished: bool,
 ) -> None:
     monkeypatch.setattr(completions, "FIRST", 2)
-    ids = module.respond(PROMPTS[:1], Sampling(12, temperature=0.0))[0].ids
-    words = [module.tokenizer.decode([token]) for token in ids]
-    end = next(word for place, word in enumerate(words) if place > 2 and word not in words[:place])
-    place = words.index(end)
-    module.thinking = Thinking(start="never", end=end)
-    order = Order(Sampling(12, temperature=0.0), (words[0],))  # stands in the thoughts first
+    module.engine = Scripted(words, len(PROMPTS[0]))
+    module.thinking = Thinking(start="g", end="h")
+    order = Order(Sampling(12, temperature=0.0), ("a",))
     (found,) = complete(module, PROMPTS[:1], order, 4)
-    behind = module.decode(ids[place + 1 :]).partition(words[0])[0]
     assert found.thoughts is not None
-    assert (found.text.strip(), found.thoughts.tokens) == (behind.strip(), place + 1)
+    assert (found.text.strip(), found.thoughts.tokens) == (text, thoughts)
+    assert found.thoughts.finished == finished
+    assert found.truncated != finished

@@ -215,13 +215,13 @@ def test_a_column_like_any_other(
     data.suites.append(
         LMEvalSuite("choice", task_file(tmp_path, "tiny_choice", CHOICES), metric="acc")
     )
-    trainer, _ = run_fit(tmp_path, model_dir, data=data)
+    trainer, module = run_fit(tmp_path, model_dir, data=data)
     report = RetentionReport.load(str(trainer.log_dir))
     assert report.suites == ["prior", "choice"]
     assert [row[2].n for row in report.rows] == [4, 4]
     assert report.metrics()["retention"]["choice"] is not None
     assert "suite choice" in report.summary_table()
-    found = trainer.test(datamodule=data, verbose=False)
+    found = trainer.test(module, datamodule=data, verbose=False)
     assert found[0]["test/choice/accuracy"] == pytest.approx(report.rows[-1][2].score)
 
 
