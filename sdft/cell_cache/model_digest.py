@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 _CHUNK = 2**26
 """Bytes that are copied to the CPU at once."""
-_ELSEWHERE = ("_name_or_path", "transformers_version", "architectures")
-"""Settings that say where a model comes from, not what it computes."""
+_ELSEWHERE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""Settings that say where a model comes from, not what it computes; weights say their own type."""
 
 
 @torch.no_grad()

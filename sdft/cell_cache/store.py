@@ -45,7 +45,7 @@ class CellStore:
         file = self._file(facts)
         try:
             content = json.loads(file.read_text("utf-8"))
-            if content["format"] != FORMAT or content["facts"] != facts:
+            if content["format"] != FORMAT or digest(content["facts"]) != digest(facts):
                 return None
             return Entry(Cell.from_dict(content["cell"]), content["base_ids"])
         except FileNotFoundError:
