@@ -56,7 +56,8 @@ class Desk:
 
     def serve(self) -> None:
         """Do what rank 0 asks for, until it has closed."""
-        while (job := agreed(None)) is not None:
+        nothing: _Job | None = None
+        while (job := agreed(nothing)) is not None:
             self._work(job)
 
     def _work(self, job: _Job) -> list[Any]:

@@ -101,7 +101,7 @@ class StudentLM(LM):  # type: ignore[misc]
     @property
     def tokenizer_name(self) -> str:
         """Names the chat template; lm-eval asks for it."""
-        return self.module.model_name if hasattr(self.module, "model_name") else "student"
+        return str(getattr(self.module, "model_name", "student"))
 
     # ---------------------------------------------------------------- tokens
 
@@ -169,7 +169,7 @@ class StudentLM(LM):  # type: ignore[misc]
         fits = [room is None or len(p.context) + len(p.continuation) - 1 <= room for p in pairs]
         self.unfit |= {doc for doc, fit in zip(docs, fits, strict=True) if not fit}
         found = iter(self.desk.likelihoods([p for p, fit in zip(pairs, fits, strict=True) if fit]))
-        return [tuple(next(found)) if fit else (_UNLIKELY, False) for fit in fits]
+        return [(*next(found),) if fit else (_UNLIKELY, False) for fit in fits]
 
     def _windows(self, ids: list[int]) -> list[Pair]:
         longest = self.room or len(ids) + 1
