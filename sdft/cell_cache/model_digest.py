@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from sdft.sharding import original
+
 _CHUNK = 2**26
 """Bytes that are copied to the CPU at once."""
 _ELSEWHERE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
@@ -45,7 +47,7 @@ def _settings(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config.to_dict()
     own = {key: value for key, value in config.items() if key not in _ELSEWHERE}
     attention = getattr(model.config, "_attn_implementation", None)
-    return {**own, "attention": attention, "class": type(model).__name__}
+    return {**own, "attention": attention, "class": original(model).__name__}
 
 
 def _add(digest: Any, tensor: Tensor) -> None:
