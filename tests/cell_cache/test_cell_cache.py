@@ -132,6 +132,14 @@ def test_another_model_is_measured(
     assert not score(tmp_path, module)
 
 
+def test_other_thoughts_are_measured(module: SDFTModule, tmp_path: Path) -> None:
+    module.thinking = Thinking(start="a", end="b")
+    assert not score(tmp_path, module)
+    assert score(tmp_path, module)
+    module.thinking = Thinking(start="b", end="a")
+    assert not score(tmp_path, module)
+
+
 def test_another_question_is_measured(module: SDFTModule, tmp_path: Path) -> None:
     task, encoded = PythonTask("task", scorer=Counting()), encode(module)
     assert not score(tmp_path, module, task, encoded)

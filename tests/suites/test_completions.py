@@ -50,6 +50,12 @@ def test_the_first_end_cuts_and_rounds_change_nothing(
             assert one.truncated == (until not in text and one.tokens == 12)
 
 
+def test_of_several_ends_the_first_in_the_text_cuts(module: SDFTModule) -> None:
+    module.engine = Scripted("c b a d </s>", len(PROMPTS[0]))
+    order = Order(Sampling(12, temperature=0.0), ("d", "b", "a"))
+    assert complete(module, PROMPTS[:1], order, 4)[0].text.strip() == "c"
+
+
 def test_little_is_written_behind_an_end(
     module: SDFTModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
