@@ -9,6 +9,7 @@ from sdft.callbacks.cost import CostReport
 from sdft.callbacks.ema_teacher import EMATeacher
 from sdft.callbacks.export import ModelExport
 from sdft.callbacks.filters import Filters
+from sdft.callbacks.gate import Gate
 from sdft.callbacks.guard import Guard
 from sdft.callbacks.predictions import Predictions
 from sdft.callbacks.progress import StageProgressBar
@@ -22,6 +23,7 @@ __all__ = [
     "CostReport",
     "EMATeacher",
     "Filters",
+    "Gate",
     "Guard",
     "ModelExport",
     "Predictions",

@@ -150,14 +150,14 @@ class CheckpointFolder:
         """
         path = self.path / name
         replace_checkpoint(temporary, path)
-        self._point(path)
+        self.point(path)
         sync_folder(self.path)
         steps = [one for one in self.found() if one.is_step]
         for one in steps[keep_steps:]:
             remove(one.path)
         return path
 
-    def _point(self, path: Path) -> None:
+    def point(self, path: Path) -> None:
         """Make `last.ckpt` another name of the checkpoint, atomically."""
         alias = temporary_path(self.path / LAST)
         last = self.path / LAST
@@ -238,7 +238,7 @@ def find_checkpoint(path: str, root: Path, verify: bool = True) -> Path:
 
     Args:
         path: A checkpoint; a run's folder or its `last.ckpt`: the newest one that is whole; `last`
-            or `auto`: that of the newest run under `root`.
+            or `auto`: that of the newest run under `root`; or a version (`stage-2-tools@1a2b3c4d`).
         root: `trainer.default_root_dir`.
         verify: Look whether it is whole. One process of a run does, and loads it for all.
 
@@ -251,7 +251,7 @@ def find_checkpoint(path: str, root: Path, verify: bool = True) -> Path:
             if not runs:
                 raise ValueError(f"no {FOLDER}/*.ckpt below {root}")
             return runs[-1].newest(verify).path
-        place = Path(path)
+        place = Path(path) if "@" not in path or Path(path).exists() else _version(path, root)
         if place.name == LAST and place.parent.is_dir():
             return CheckpointFolder(place.parent).newest(verify).path
         if place.is_dir() and not is_folder_checkpoint(place):
@@ -262,6 +262,12 @@ def find_checkpoint(path: str, root: Path, verify: bool = True) -> Path:
         return place
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"--ckpt_path {path}: {error}") from error
+
+
+def _version(name: str, root: Path) -> Path:
+    from sdft.gate.version import find_version  # which reads this module's folders
+
+    return find_version(name, root).path
 
 
 def start_of_run(path: str, root: Path, verify: bool = True) -> Path | None:

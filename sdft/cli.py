@@ -13,7 +13,6 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ import transformers
 import yaml
 from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -38,6 +37,7 @@ from sdft.callbacks import (
     CostReport,
     EMATeacher,
     Filters,
+    Gate,
     Guard,
     ModelExport,
     Predictions,
@@ -53,8 +53,9 @@ from sdft.checkpoint_reader import check_harmless
 from sdft.checkpoints import find_checkpoint, start_of_run
 from sdft.configuration import Configuration
 from sdft.data import ContinualDataModule
+from sdft.gate.stop import GateRetry, GateStop
 from sdft.guard import GuardStop
-from sdft.interruption import Interrupted
+from sdft.interruption import farewell
 from sdft.messages import check_yaml, clear_message
 from sdft.module import SDFTModule
 from sdft.ranks import part_ways
@@ -73,10 +74,28 @@ COMMANDS: dict[str, str] = {
     "compare": "sdft.comparison.command",
     "export": "sdft.export.command",
     "generate": "sdft.generate_command",
+    "history": "sdft.history_command",
     "preflight": "sdft.preflight.command",
     "self_edits": "sdft.self_edits.command",
 }
 """Subcommands beside Lightning's → the module whose `main(args)` returns the exit status."""
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "teacher": EMATeacher,
+    "guard": Guard,
+    "filters": Filters,
+    "review": Review,
+    "gate": Gate,
+    "watch": StageWatch,
+    "retention": Retention,
+    "samples": Samples,
+    "cost": CostReport,
+    "checkpoint": StageCheckpoint,
+    "export": ModelExport,
+}
+"""Top-level keys → the callback of every run whose arguments they hold."""
+
+GROUPS = ("trainer", *CALLBACKS)
 
 SYNC = "It is recommended to use `self.log"  # values are those of all processes already
 
@@ -108,16 +127,8 @@ class SDFTCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys `teacher`, `guard`, `watch`, `retention`, `samples` and the others."""
-        parser.add_lightning_class_args(EMATeacher, "teacher")
-        parser.add_lightning_class_args(Guard, "guard")
-        parser.add_lightning_class_args(Filters, "filters")
-        parser.add_lightning_class_args(Review, "review")
-        parser.add_lightning_class_args(StageWatch, "watch")
-        parser.add_lightning_class_args(Retention, "retention")
-        parser.add_lightning_class_args(Samples, "samples")
-        parser.add_lightning_class_args(CostReport, "cost")
-        parser.add_lightning_class_args(StageCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(ModelExport, "export")
+        for key, kind in CALLBACKS.items():
+            parser.add_lightning_class_args(kind, key)
         parser.set_defaults(
             {
                 "model": {"class_path": "sdft.module.SDFTModule"},
@@ -204,17 +215,18 @@ def main(args: list[str] | None = None) -> int:
         for word in (sys.argv[1:] if args is None else args)
     ]
     try:
+        groups = () if words and words[0] in COMMANDS else GROUPS
         for path in config_files(words):
-            check_yaml(path)
+            check_yaml(path, groups)
         if words and words[0] in COMMANDS:
             return int(import_module(COMMANDS[words[0]]).main(words[1:]))
-        lightning_cli(SDFTCLI, None if args is None and words == sys.argv[1:] else words)
+        _fit_until_accepted(None if args is None and words == sys.argv[1:] else words)
         part_ways()
     except SIGTERMException as ended:
         if _is_first():
             print(f"sdft: {farewell(ended, words)}", file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else 128 + signal.SIGTERM
-    except (GuardStop, ReviewStop) as stop:
+    except (GateStop, GuardStop, ReviewStop) as stop:
         print(f"sdft: {stop}", file=sys.stderr)
         return 3
     except (ValueError, OSError, MisconfigurationException) as error:
@@ -231,24 +243,16 @@ def _is_first() -> bool:
     return not getattr(rank_zero_only, "rank", None)
 
 
-def farewell(ended: SIGTERMException, words: Sequence[str]) -> str:
-    """What a run says that a signal has ended, with the command that goes on.
-
-    Args:
-        ended: What has ended it.
-        words: Its command line.
-    """
-    if not isinstance(ended, Interrupted):
-        return "terminated; go on with --ckpt_path last"
-    if ended.checkpoint is None:
-        return f"{ended}: start it again"
-    kept, skip = [], False
-    for word in words:
-        if not skip and word != "--ckpt_path" and not word.startswith("--ckpt_path="):
-            kept.append(word)
-        skip = word == "--ckpt_path"
-    command = ["python", "-m", "sdft", *kept, "--ckpt_path", str(ended.checkpoint)]
-    return f"{ended}; go on with\n  {shlex.join(command)}"
+def _fit_until_accepted(args: list[str] | None) -> None:
+    """Do what the command line says, again where the gate wants it otherwise."""
+    while True:
+        try:
+            lightning_cli(SDFTCLI, args)
+            return
+        except GateRetry as retry:
+            args = retry.command_line(sys.argv[1:] if args is None else args)
+            command = redacted_text(shlex.join(["python", "-m", "sdft", *args]))
+            print(f"{retry}; trying again:\n  {command}")
 
 
 def lightning_cli(kind: type[CLIT], args: list[str] | None) -> CLIT:

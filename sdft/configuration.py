@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Trainer
 
+from sdft.redaction import redacted
 from sdft.run import task_stream
 from sdft.seeding import run_seed
 
@@ -20,7 +21,6 @@ _INCIDENTAL = re.compile(
     r"(trainer\.(default_root_dir|logger|enable_|callbacks)|checkpoint\.|export\.|samples\.|"
     r"ckpt_path|weights_only|config|verbose|print_config)"
 )
-_SECRET = re.compile(r"(^|_)(token|secret|passw\w*|api_?key|access_?key|credentials?)$")
 _NOTHING = "–"
 
 
@@ -54,8 +54,9 @@ class Configuration:
 
     @classmethod
     def of_command(cls, tree: Mapping[str, Any]) -> Configuration:
-        """All settings of a command line, from its nested configuration."""
-        leaves = {key: value for key, value in _leaves(tree) if not _INCIDENTAL.match(key)}
+        """All settings of a command line, from its nested configuration, but no secrets."""
+        found = _leaves(redacted(tree))
+        leaves = {key: value for key, value in found if not _INCIDENTAL.match(key)}
         return cls(leaves, whole=True)
 
     @classmethod
@@ -122,8 +123,6 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         for part, inner in items:
             name = key if part == "init_args" else f"{key}.{part}" if key else str(part)
             yield from _leaves(inner, name)
-    elif isinstance(value, str) and _SECRET.search(key.rpartition(".")[-1]):
-        yield key, "***"
     else:
         yield key, value if isinstance(value, bool | int | float | str | None) else str(value)
 

@@ -8,14 +8,17 @@ first signal is noted and the step under way goes on; `StageCheckpoint` saves af
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from sdft.redaction import redacted
 
 SIGNALS = tuple(
     getattr(signal, name)
@@ -109,6 +112,28 @@ class Interruption:
         for handler in _users(self._before.get(number)):
             handler(number, frame)
         _say(f"{name}: this step is finished and saved first; a second signal ends the run at once")
+
+
+def farewell(ended: SIGTERMException, words: Sequence[str]) -> str:
+    """What a run says that a signal has ended, with the command that goes on, but for secrets.
+
+    Args:
+        ended: What has ended it.
+        words: Its command line.
+    """
+    if not isinstance(ended, Interrupted):
+        return "terminated; go on with --ckpt_path last"
+    if ended.checkpoint is None:
+        return f"{ended}: start it again"
+    kept, flag = [], ""
+    for word in words:
+        name, _, value = word.partition("=")
+        if flag != "--ckpt_path" and name != "--ckpt_path":
+            shown = f"{name}={redacted(value, name)}" if value else redacted(word, flag)
+            kept.append(str(shown))
+        flag = word if word.startswith("--") else ""
+    command = ["python", "-m", "sdft", *kept, "--ckpt_path", str(ended.checkpoint)]
+    return f"{ended}; go on with\n  {shlex.join(command)}"
 
 
 def _is_free(number: int, handler: Any) -> bool:

@@ -64,6 +64,8 @@ def _record(place: str, line: str) -> Record:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: broken JSON: {error.msg} (character {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError(f"{place}: lists or objects within one another too deeply") from error
     if not isinstance(record, dict):
         raise ValueError(f"{place}: not a JSON object but {_shown(record)}")
     return record

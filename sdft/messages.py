@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -55,11 +55,15 @@ def clear_message(text: str) -> str:
     return f"{': '.join([*path, reason])}{value}"
 
 
-def check_yaml(path: Path) -> None:
+def check_yaml(path: Path, groups: Collection[str] = ()) -> None:
     """Read a configuration file, for its syntax alone.
 
+    Args:
+        path: The file.
+        groups: Keys that hold keys and values of their own.
+
     Raises:
-        ValueError: It is no YAML, or no mapping; names the file and the line.
+        ValueError: It is no YAML, or no mapping; names the file and the line, or the key.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -69,8 +73,14 @@ def check_yaml(path: Path) -> None:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{path}{where}: no valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:  # a character that has no place in a text
+        raise ValueError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected keys and values, found {type(content).__name__}")
+    for key in groups:
+        if key in content and not isinstance(content[key], dict):
+            found = repr(content[key])[:60]
+            raise ValueError(f"{path}: {key} must hold keys and values, found {found}")
 
 
 def _lines(text: str) -> Iterator[str]:

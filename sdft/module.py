@@ -37,6 +37,7 @@ from sdft.rollout import Rollout, Sampling, evaluation_mode
 from sdft.rollout_filter import RolloutFilter
 from sdft.run import task_stream
 from sdft.states import as_new, heads_known, keeps
+from sdft.step_options import check_step_options
 from sdft.student import StudentModule
 from sdft.window import Draw, Stale, Window, check_window, look_ahead, of_all_ranks, on_device
 
@@ -105,14 +106,7 @@ class SDFTModule(StudentModule):
     ) -> None:
         super().__init__(**kwargs)
         check_alpha(alpha)
-        if temperature == 0:
-            raise ValueError("temperature must be above 0 in training, found 0")
-        if skip_first_tokens < 0:
-            raise ValueError(f"skip_first_tokens must be 0 or more, found {skip_first_tokens}")
-        if rollouts_per_prompt < 1:
-            raise ValueError(f"rollouts_per_prompt must be at least 1, found {rollouts_per_prompt}")
-        if micro_batch_tokens is not None and micro_batch_tokens < 1:
-            raise ValueError(f"micro_batch_tokens must be at least 1, found {micro_batch_tokens}")
+        check_step_options(temperature, skip_first_tokens, rollouts_per_prompt, micro_batch_tokens)
         check_window(updates_per_generation, stale)
         check_cap(importance_cap)
         check_top_k(divergence_top_k)
@@ -316,8 +310,8 @@ class SDFTModule(StudentModule):
         self.log_means(values, batch.count)
         if (importance := compared.importance) is not None:
             self.log_means(importance.scalars(), len(importance.weights_N))
-        if (echoes := compared.echoes) is not None:
-            counted, masked = echoes
+        if compared.echoes is not None:
+            counted, masked = compared.echoes
             self.log_means({"train/echoes": masked / counted.clamp(min=1)}, counted)
         shown = found["train/divergence"]
         self.log("divergence", shown, prog_bar=True, logger=False, batch_size=len(batch))

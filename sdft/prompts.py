@@ -151,12 +151,19 @@ class PromptEncoder:
     def _encode(
         self, messages: tuple[Message, ...], kwargs: Mapping[str, Any] | None = None
     ) -> list[int]:
-        ids = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **(self.chat_template_kwargs if kwargs is None else kwargs),
-        )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **(self.chat_template_kwargs if kwargs is None else kwargs),
+            )
+        except Exception as error:  # a template is a program: it raises anything
+            raise ValueError(
+                f"the model's chat template failed: {type(error).__name__}: {error} (last message: "
+                f"{messages[-1]['content'][:80]!r}); see the tokenizer's chat_template, and "
+                "model.chat_template_kwargs"
+            ) from error
         assert isinstance(ids, list)
         return cast(list[int], ids)

@@ -49,7 +49,7 @@ def method_label(trainer: Trainer) -> str:
     module = cast(Any, trainer.lightning_module)
     data = task_stream(trainer)
     parts = [getattr(module, "method", type(module).__name__)]
-    parts += [mixture.label for mixture in data.mixtures]
+    parts += [mixture.label for mixture in data.mixtures if mixture.label]
     parts += [penalty.label] if (penalty := getattr(module, "penalty", None)) else []
     parts += ["zoo"] if data.from_base_each_task else []
     return "+".join(dict.fromkeys(parts))  # the re-invoke method with its mixture is named once

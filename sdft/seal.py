@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 
 from sdft.folder_seal import (
+    FOLDER_SEAL,
     DamagedCheckpoint,
     Label,
     check_folder,
@@ -81,6 +82,21 @@ def read_label(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def read_digest(path: Path) -> str | None:
+    """What the seal says of the content, as hexadecimal digits; None when there is no seal.
+
+    A folder's is the digest of its seal, which has those of its files.
+    """
+    try:
+        if path.is_dir():
+            return hashlib.sha256((path / FOLDER_SEAL).read_bytes()).hexdigest()
+        with open(path, "rb") as file:
+            comment = _comment(file) or b""
+    except OSError:
+        return None
+    return comment[-_DIGITS:].decode(errors="replace") if _is_seal(comment) else None
 
 
 def check_content(path: Path) -> None:

@@ -202,7 +202,11 @@ class StudentModule(SharedSteps):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over the student's parameters alone, and its schedule."""
-        optimizer = self.optimizer(p for p in self.model.parameters() if p.requires_grad)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        try:
+            optimizer = self.optimizer(trained)
+        except TypeError as error:
+            raise ValueError(f"model.optimizer cannot be made of its settings: {error}") from error
         check_rates(optimizer, self.trainer.gradient_clip_val)
         fuse_on_cpu(optimizer)
         scheduler = self.scheduler(optimizer)

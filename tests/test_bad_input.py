@@ -308,3 +308,13 @@ def test_nan_logits_do_not_pass_for_a_loss() -> None:
 
     per_token = torch.tensor([[1.0, torch.nan]])
     assert sequence_mean(per_token, torch.ones(1, 2)).isnan()
+
+
+@pytest.mark.parametrize("value", [None, -1, [[]], "x"])
+@pytest.mark.parametrize("key", ["trainer", "retention", "guard"])
+def test_a_group_that_holds_no_keys_is_named(
+    config: dict[str, Any], key: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config[key] = value
+    assert run(config) == 2
+    assert f"config.yaml: {key} must hold keys and values, found {value!r}" in error(capsys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,10 @@ def cut(path: Path) -> None:
         path /= "__0_0.distcp"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
+
+
+def refuse(*args: object) -> None:
+    raise OSError("not here")
 
 
 def names(run: Path) -> list[str]:
@@ -99,13 +104,13 @@ def test_a_last_that_is_a_file_of_its_own_counts(tmp_path: Path) -> None:
 def test_without_symbolic_links_last_is_a_hard_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*args: object) -> None:
-        raise OSError("not here")
-
     monkeypatch.setattr(sdft.checkpoints.Path, "symlink_to", refuse)
     path = save(tmp_path, "step-1.ckpt", 1)
     assert not path.with_name("last.ckpt").is_symlink()
     assert path.with_name("last.ckpt").samefile(path)
+    path = save_folder(tmp_path / "folders", "step-1.ckpt", 1)
+    assert not path.with_name("last.ckpt").exists()
+    assert find_checkpoint(str(path.with_name("last.ckpt")), tmp_path) == path
 
 
 @pytest.mark.parametrize("write", [save, save_folder])
@@ -181,6 +186,41 @@ def test_a_folder_takes_a_folder_s_place(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == ["last.ckpt", "step-1.ckpt"]
     assert find_checkpoint(str(path), tmp_path) == path
     assert Checkpoint(path, {}).size > 20
+
+
+def test_a_kill_as_a_folder_takes_another_one_s_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is a checkpoint at every moment, and one of a name in the end."""
+    old = save_folder(tmp_path, "step-1.ckpt", 10)
+    for function in ("replace", "unlink"):
+        with monkeypatch.context() as patch:
+            if function == "replace":
+                patch.setattr(os, "replace", refuse)
+            else:
+                patch.setattr(sdft.checkpoints, "remove", lambda path: None)
+            with suppress(OSError):
+                save_folder(tmp_path, "step-1.ckpt", 20)
+        replaced = old.with_name("step-1.old.ckpt")
+        assert replaced.exists()
+        found = CheckpointFolder(old.parent).newest()
+        assert found.damage() is None
+        assert (found.path == replaced) == (function == "replace")
+        assert Checkpoint(replaced, {}).is_step
+    save_folder(tmp_path, "step-2.ckpt", 5)
+    assert sorted(p.name for p in old.parent.glob("[!.]*")) == [
+        "last.ckpt",
+        "step-1.ckpt",
+        "step-2.ckpt",
+    ]
+
+
+def test_a_file_and_a_folder_take_each_other_s_place(tmp_path: Path) -> None:
+    for written, write in enumerate([save, save_folder, save], 1):
+        path = write(tmp_path, "step-1.ckpt", written)
+        assert path.is_dir() == (write is save_folder)
+        assert find_checkpoint("last", tmp_path) == path
+        assert names(tmp_path) == ["step-1.ckpt"]
 
 
 # ---------------------------------------------------------------- the command

@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import TEMPLATE, echo_examples, write_jsonl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console, ConsoleDimensions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft.cli import main
@@ -288,7 +289,8 @@ def test_validate_test_and_predict_from_a_checkpoint(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "240")  # Lightning's table wraps names otherwise
+    wide = property(lambda console: ConsoleDimensions(240, 50))
+    monkeypatch.setattr(Console, "size", wide)  # Lightning's table wraps names otherwise
     folder = run(config, "--trainer.default_root_dir", "out")
     report = json.loads((folder / "retention.json").read_text())
     capsys.readouterr()
@@ -484,3 +486,36 @@ def test_the_offline_methods_run(
     assert main(["fit", *flags, "--trainer.default_root_dir", str(tmp_path)]) == 0
     (manifest,) = tmp_path.rglob("generated/*/store.json")
     assert json.loads(manifest.read_text())["facts"]["kept"] > 0
+
+
+def test_a_run_that_the_guard_stops(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule = {"above": 0.5, "patience": 2, "actions": ["stop_and_save"]}
+    assert main(["fit", "--config", save(config | {"guard": {"length": rule}})]) == 3
+    error = capsys.readouterr().err
+    assert "sdft: guard: stopped at step 2: length " in error
+    assert "guard-step-2.ckpt" in error
+    run = Path("lightning_logs") / "version_0"
+    assert (run / "checkpoints" / "guard-step-2.ckpt").exists()
+    assert len((run / "guard.jsonl").read_text().splitlines()) == 1
+    assert (run / "cost.json").exists()
+    assert not list((run / "checkpoints").glob("stage-*"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [({"patience": 0}, "guard.length.patience"), ({"actions": ["explode"]}, "actions")],
+)
+def test_a_guard_that_cannot_be(
+    rule: dict[str, Any],
+    said: str,
+    config: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    try:
+        code: Any = main(["fit", "--config", save(config | {"guard": {"length": rule}})])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    assert said in capsys.readouterr().err

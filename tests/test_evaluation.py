@@ -157,3 +157,28 @@ def test_other_scores_of_a_scorer_stand_beside_its_own() -> None:
     assert {name: found.score for name, found in cell.details.items()} == {"lenient": 1.0}
     assert cell.from_dict(cell.to_dict()) == cell
     assert "details" not in summary(by_length, *THREE).to_dict()
+
+
+def test_the_opening_of_the_demonstration() -> None:
+    example = Example(({"role": "user", "content": "q"},), "b", demonstration="See the rule: b")
+    three = Artifacts([], opening_words=3)
+    assert three("See  the\nrule: c", example)
+    assert not three("See the other", example)
+    assert not three("See the", example)
+    assert not three("See the rule: c")
+    assert not Artifacts([])("See the rule: c", example)
+    bare = Example(example.messages, "b")
+    assert not three("See the rule: c", bare)
+    whole = Example(example.messages, "b", demonstration="b")
+    assert three("b", whole)
+    with pytest.raises(ValueError, match="artifact_opening_words must be 0 or more, found -1"):
+        Artifacts([], -1)
+
+
+def test_a_cell_compares_each_response_with_its_own_demonstration() -> None:
+    task = task_with(by_length)
+    examples = task.examples("test")[:2]
+    said = [Response(e.demonstration or "", 3, False) for e in reversed(examples)]
+    artifacts = Artifacts([], opening_words=2)
+    assert summarise(task, examples, said, artifacts).artifact == 0.0
+    assert summarise(task, examples, said[::-1], artifacts).artifact == 1.0

@@ -13,8 +13,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 
-from sdft.cli import farewell
-from sdft.interruption import SIGNALS, Interrupted, Interruption
+from sdft.interruption import SIGNALS, Interrupted, Interruption, farewell
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +123,13 @@ def test_the_farewell_names_the_command(given: list[str]) -> None:
     assert farewell(Interrupted(15, 0, None), words) == (
         "ended by SIGTERM before anything was trained: start it again"
     )
+
+
+@pytest.mark.parametrize(
+    "key", [["--model.engine.api_key", "hush"], ["--model.engine.api_key=hush"]]
+)
+def test_the_farewell_names_no_secret(key: list[str]) -> None:
+    told = farewell(Interrupted(15, 7, Path("step-7.ckpt")), ["fit", *key, "--data.steps=9"])
+    assert "hush" not in told
+    assert "***" in told
+    assert told.endswith("--data.steps=9 --ckpt_path step-7.ckpt")

@@ -57,11 +57,10 @@ def test_no_cut_and_no_changed_byte_passes(tmp_path: Path) -> None:
     whole = path.read_bytes()
     assert not is_damaged(path, whole)
     assert [size for size in range(len(whole)) if not is_damaged(path, whole[:size])] == []
-    for change in (1, 255):
-        for place in range(len(whole)):
-            content = bytearray(whole)
-            content[place] ^= change
-            assert is_damaged(path, content), (place, change)
+    for place in range(len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 255 if place % 2 else 1
+        assert is_damaged(path, content), place
 
 
 def test_an_unsealed_file_is_judged_by_its_archive(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from sdft.drift.junit import junit
 from sdft.drift.verdict import Verdict, table
 from sdft.evaluator import Evaluator
 from sdft.metrics import Cell
-from sdft.preflight.configured import Configured
+from sdft.preflight.command import configure
 from sdft.redaction import redacted_text
 
 STATUS = "Exit status: 0 all is kept, 1 something fell, 2 an error or a column without a score."
@@ -71,7 +71,7 @@ class Check:
         files = options.config or [_beside(baseline.path)]
         configs = [word for file in files for word in ("--config", str(file))]
         named = ["--model.model_name", options.model]
-        self.configured = Configured([*configs, *named, *rest])
+        self.configured = configure([*configs, *named, *rest])
         if not any(word.startswith(("--model.lora", "--model.quantization")) for word in rest):
             # What the run added to its base is in the weights by now.
             self.configured.module.adapters = AdapterTraining(None, None)

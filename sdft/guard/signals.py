@@ -36,8 +36,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "length": Rule(ratio=2.0, side="both", noise=0.5),
         "truncated": Rule(noise=0.05),
         "repetition": Rule(noise=0.03, above=0.5),
-        "kl_base": Rule(noise=0.05, patience=2),
-        GRADIENT: Rule(deviations=10.0, ratio=10.0, noise=0.05),
+        "kl_base": Rule(noise=0.05, above=1.0, patience=2),
+        GRADIENT: Rule(deviations=10.0, ratio=5.0, noise=0.05),
     }
 )
 """Signal → the rule it has by default."""

@@ -67,7 +67,7 @@ def test_bad_files(
 
 def test_the_help_names_the_command_and_explains_it(capsys: pytest.CaptureFixture[str]) -> None:
     for words, told in (
-        (["--help"], "Beside these: budget, compare"),
+        (["--help"], "Beside these: budget, check,"),
         (["compare", "--help"], "Seeds that every method runs with at every rate."),
     ):
         with pytest.raises(SystemExit) as stop:

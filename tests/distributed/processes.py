@@ -39,18 +39,9 @@ def start(command: list[str], ranks: int, folder: Path) -> list[subprocess.Popen
     return started
 
 
-def work(
-    jobs: list[dict[str, Any]],
-    folder: Path,
-    ranks: int = 2,
-    seconds: float = 240,
-    killed: bool = False,
-) -> None:
-    """Have so many processes do jobs; fails with what they said, unless one of them is killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs, default=str))
-    processes = start([sys.executable, str(HERE / "worker.py"), str(file)], ranks, folder)
+def work(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, seconds: float = 240) -> None:
+    """Have so many processes do jobs; fails with what they said."""
+    processes = _begin(jobs, folder, ranks)
     try:
         codes = [process.wait(seconds) for process in processes]
     except subprocess.TimeoutExpired:
@@ -58,9 +49,26 @@ def work(
     finally:
         for process in processes:
             process.kill()
-    if killed:
-        assert -signal.SIGKILL in codes
-        assert 0 not in codes
-    elif any(codes) or None in codes:
+    if any(codes) or None in codes:
         said = "\n".join((folder / f"out-{rank}").read_text()[-3000:] for rank in range(ranks))
         raise AssertionError(f"the processes ended with {codes}:\n{said}")
+
+
+def work_until_killed(
+    jobs: list[dict[str, Any]], folder: Path, victim: int, seconds: float = 240
+) -> None:
+    """The same for two processes, one of which kills itself: the other one has the same fate."""
+    processes = _begin(jobs, folder, 2)
+    try:
+        assert processes[victim].wait(seconds) == -signal.SIGKILL
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _begin(jobs: list[dict[str, Any]], folder: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs, default=str))
+    return start([sys.executable, str(HERE / "worker.py"), str(file)], ranks, folder)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import work
+from processes import REPO, environment, work, work_until_killed
 from runs import models, new_folder
 from test_equal import assert_close, left
+from test_killed import COMMAND, MINUTE, SMALL, children, is_running, wait_for
 
 from sdft.checkpoints import CheckpointFolder, find_checkpoint
 
@@ -64,17 +67,17 @@ def test_all_end_after_the_same_step(whole: Path, tmp_path: Path) -> None:
 
 
 def test_killed_as_a_folder_is_written(whole: Path, tmp_path: Path) -> None:
-    """Among its tensors, as it is sealed, before it has its name: the one before holds."""
-    moments = [
+    """Among its tensors, and before it has its name: the one before holds."""
+    moments: list[dict[str, Any]] = [
         {"rank": 1, "call": 100, "name": "torch.distributed.checkpoint.filesystem._write_item"},
-        {"rank": 0, "call": 5, "name": "sdft.folder_seal._facts"},
         {"rank": 0, "call": 2, "name": "sdft.checkpoints.replace_checkpoint"},
     ]
     steps = [0]
     resume: dict[str, Any] = {}
     for number, moment in enumerate(moments):
         place = tmp_path / f"{number}"
-        work([job(tmp_path, "folder", killed=moment, **resume)], place, killed=True)
+        jobs = [job(tmp_path, "folder", killed=moment, **resume)]
+        work_until_killed(jobs, place, victim=moment["rank"])
         newest = find_checkpoint("last", tmp_path)
         steps.append(CheckpointFolder(newest.parent).newest().label["step"])
         resume = {"ckpt_path": str(newest)}
@@ -83,3 +86,29 @@ def test_killed_as_a_folder_is_written(whole: Path, tmp_path: Path) -> None:
     work([job(tmp_path, "folder", **resume)], tmp_path / "last")
     assert list(tmp_path.rglob(".*.tmp")) == []
     assert_same(tmp_path, whole / "folder")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+def test_a_command_that_started_the_others_ends_them(tmp_path: Path) -> None:
+    """Its exit status is the signal's, and it speaks for all."""
+    several = ["-c", "configs/ddp.yaml", "--trainer.devices", "2", "--data.steps", "5000"]
+    words = [*COMMAND, *several, *SMALL, "--trainer.default_root_dir", str(tmp_path)]
+    with (tmp_path / "out").open("wb") as out:
+        run = subprocess.Popen(words, cwd=REPO, env=environment(), stdout=out, stderr=out)
+    pids: list[int] = []
+    try:
+        folder = CheckpointFolder(tmp_path / "lightning_logs" / "version_0" / "checkpoints")
+        wait_for(lambda: bool(folder.found()) or run.poll() is not None, 2 * MINUTE)
+        pids = children(run.pid)
+        run.terminate()
+        assert run.wait(MINUTE) == 128 + signal.SIGTERM
+        wait_for(lambda: not any(map(is_running, pids)), MINUTE)
+    finally:
+        for pid in [run.pid, *pids]:
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
+    told = (tmp_path / "out").read_text()
+    assert told.count("go on with") == 1
+    newest = folder.newest()
+    assert f"ended by SIGTERM after step {newest.label['step']}, which is saved" in told
+    assert told.rstrip().endswith(f"--ckpt_path {newest.path}")

@@ -99,7 +99,7 @@ def test_every_entry_point_asks_with_the_context(
         {"data": {"from_base_each_task": True, "reset_optimizer_between_tasks": True}},
         {"data": {"mixtures": [PastReplay(1.0), Reinvoke(0.5)], "general": [task("any", "")]}},
     ],
-    ids=str,
+    ids=["plain", "accumulation", "precision", "from base", "mixtures"],
 )
 def test_the_weights_stay_and_a_stage_takes_one_batch(
     fit: Fit, model_dir: Path, options: dict[str, Any]

@@ -76,7 +76,8 @@ class FakeEndpoint:
         if isinstance(said, bytes):
             return 200, {}, said
         if isinstance(said, int):
-            return said, {}, b'{"error": "no: sk-0123456789abcdef0123"}'
+            key = (self.keys[number] or "").removeprefix("Bearer ")
+            return said, {}, json.dumps({"error": f"no: {key}"}).encode()
         if isinstance(said, tuple):
             return said[0], said[1], b""
         message = {"choices": [{"message": {"role": "assistant", "content": said}}]}

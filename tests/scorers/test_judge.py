@@ -19,7 +19,7 @@ from sdft.scorers.verdicts import Verdict, read_verdict
 from sdft.stores import describe
 from sdft.tasks import PythonTask
 
-KEY = "sk-0123456789abcdef0123"
+KEY = "swordfish-0123456789"  # nothing in its form says that it is a secret
 ANSWERS = ["right", "half", "wrong", ""]
 
 
@@ -144,6 +144,7 @@ def test_what_does_not_pass_is_not_retried(status: int) -> None:
         judge(endpoint)("right", examples(1)[0])
     assert len(endpoint.requests) == 1
     assert KEY not in str(caught.value)
+    assert "no: ***" in str(caught.value)
     assert ("OPENAI_API_KEY is set" in str(caught.value)) == (status == 401)
 
 

@@ -66,6 +66,7 @@ def test_tool_use() -> None:
         ({"golden_answer": None}, "no field 'golden_answer'"),
         ({"golden_answer": "[{'Action': 'f', 'Action_Input': '{'}]"}, "are not JSON"),
         ({"golden_answer": "none"}, "has no calls"),
+        ({"golden_answer": "none", "golden_response": "x"}, "has no calls"),
         ({"instruction": None}, "no field 'instruction'"),
         ({"golden_response": [3]}, "must be a text or a list of texts"),
     ],
