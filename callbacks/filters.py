@@ -62,7 +62,7 @@ class Filters(Callback):
                 "draws none: use model.checks where answers are made beforehand"
             )
         scorers = scorers_of(task_stream(trainer))
-        self._filter = CheckFilter(self.checks, pl_module.decode, scorers)
+        self._filter = CheckFilter(self.checks, pl_module.scored_text, scorers)
         self._filter.seen, self._filter.reasons = self._seen[0], Counter(self._seen[1])
         pl_module.rollout_filter = self._filter
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sdft.base_kl import BaseResponses
+from sdft.cell_cache import CachedEvaluator
 from sdft.data import ContinualDataModule
 from sdft.encoded import Encoded
 from sdft.evaluation import DEFAULT_ARTIFACTS, Artifacts
@@ -21,6 +22,7 @@ from sdft.run import is_dry, method_label, run_folder, task_stream
 from sdft.seeding import run_seed
 from sdft.selector import Selector
 from sdft.student import StudentModule
+from sdft.suite import Suite
 from sdft.tasks import Split, Task
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class Retention(Callback):
         pass_temperature: Draws them.
         pass_limit: Examples per column that they are drawn for, at most; all when unset.
         pass_every_stage: Measure pass@k after every stage.
+        cache: A folder where cells are kept by the digest of the weights and of all else that they
+            depend on: what was measured before, in this or another run, is not measured again.
 
     Raises:
         ValueError: An unknown split, a number out of range, or a pattern that is no regular
@@ -76,6 +80,7 @@ class Retention(Callback):
         pass_limit: int | None = None,
         pass_every_stage: bool = False,
         artifact_opening_words: int = 0,
+        cache: str | None = None,
     ) -> None:
         _check_split("split", split)
         if selection_split is not None:
@@ -90,10 +95,14 @@ class Retention(Callback):
         samples = max(ks, default=1) if pass_samples is None else pass_samples
         passes = PassAt(ks, samples, pass_temperature, pass_limit)
         self.base = BaseResponses(kl_limit)
-        self.evaluator = Evaluator(
+        measured = (
             Artifacts(artifact_patterns or DEFAULT_ARTIFACTS, artifact_opening_words),
             self.base if kl_to_base else None,
             passes if ks else None,
+            limit,
+        )
+        self.evaluator = (
+            Evaluator(*measured) if cache is None else CachedEvaluator(cache, *measured)
         )
         self.rows: list[list[Cell]] = []
         self.columns: list[str] = []
@@ -106,11 +115,16 @@ class Retention(Callback):
         """Read the examples now: what cannot be read fails before anything is trained."""
         if not self.enabled:
             return
-        if self.evaluator.base is not None and is_flat(getattr(pl_module, "model", None)):
+        flat = is_flat(getattr(pl_module, "model", None))
+        if self.evaluator.base is not None and flat:
             raise ValueError("retention.kl_to_base must be false with FSDPStrategy")
+        if isinstance(self.evaluator, CachedEvaluator) and flat:
+            raise ValueError("retention.cache must be unset with FSDPStrategy")
         data = task_stream(trainer)
         for task in data.evaluated:
-            if not self._examples(data, task):
+            if isinstance(task, Suite) and isinstance(pl_module, StudentModule):
+                task.prepare(pl_module)
+            elif not self._examples(data, task):
                 log.warning("%r has no %s or validation examples", task.name, self.split)
         self.selector.examined(data)
         self._fit_columns([task.name for task in data.evaluated])
@@ -159,16 +173,17 @@ class Retention(Callback):
         ends = stage in (0, trainer.max_epochs) or data.from_base_each_task
         row = list(self.rows[-1]) if self.rows else [Cell(None, 0)] * len(data.evaluated)
         module.phases.enter("evaluate")
-        for task in changed:
-            module.rest_point(True)
-            row[data.evaluated.index(task)] = self.evaluator.cell(
-                module,
-                task,
-                self._examples(data, task),
-                data.eval_batch_size,
-                stage,
-                with_pass_at=ends or self.pass_every_stage,
-            )
+        with self.evaluator.same_weights(module):
+            for task in changed:
+                module.rest_point(True)
+                row[data.evaluated.index(task)] = self.evaluator.cell(
+                    module,
+                    task,
+                    self._examples(data, task),
+                    data.eval_batch_size,
+                    stage,
+                    with_pass_at=ends or self.pass_every_stage,
+                )
         module.phases.enter("")
         self.rows.append(row)
         self.steps.append(trainer.global_step)
@@ -182,7 +197,8 @@ class Retention(Callback):
         due = self.selector.due(data, len(self.rows) - 1, trainer.max_epochs)
         if due:
             module.phases.enter("evaluate")
-            self.selector.update(module, data, self.evaluator, self.limit, due)
+            with self.evaluator.same_weights(module):
+                self.selector.update(module, data, self.evaluator, self.limit, due)
             module.phases.enter("")
 
     def _examples(self, data: ContinualDataModule, task: Task) -> list[Encoded]:
@@ -261,6 +277,8 @@ def _scalars(report: RetentionReport) -> dict[str, float]:
         values[f"length/{name}"] = cell.mean_length
         values[f"artifact/{name}"] = cell.artifact
         values[f"truncated/{name}"] = cell.truncated
+        values[f"thought_length/{name}"] = cell.thought_length
+        values[f"unfinished/{name}"] = cell.unfinished
         values[f"kl_base/{name}"] = cell.kl_base
         values |= {f"pass_at_{k}/{name}": found.score for k, found in (cell.pass_at or {}).items()}
         values |= {f"{other}/{name}": found.score for other, found in (cell.details or {}).items()}

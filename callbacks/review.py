@@ -94,7 +94,7 @@ class Review(Callback):
             completion = module.sample(module.model, batch.student_ids, sampling or limit)
         filtering = getattr(module, "rollout_filter", None)
         if not isinstance(filtering, CheckFilter):
-            filtering = CheckFilter([], module.decode, {})
+            filtering = CheckFilter([], module.scored_text, {})
         return filtering.judge(batch, completion)
 
 

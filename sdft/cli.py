@@ -30,6 +30,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import sdft.methods
 import sdft.mixtures
 import sdft.penalties
+import sdft.suites
 import sdft.task_kinds  # noqa: F401 - the same
 from sdft.callbacks import (
     ConfigFile,

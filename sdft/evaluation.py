@@ -11,6 +11,7 @@ from sdft.examples import Example
 from sdft.metrics import Cell, Estimate
 from sdft.scorers.scorer import Detailed, ScoresTogether
 from sdft.tasks import Task
+from sdft.thinking import Thoughts
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +28,23 @@ class Response:
     """A decoded response.
 
     Attributes:
-        text: Without special tokens.
+        text: What is scored, without special tokens.
         tokens: How many, an end-of-sequence token included.
         truncated: Whether the length limit ended it.
         ids: Its tokens, where they are kept.
+        thoughts: Its thoughts and its answer; None where nobody tells them apart.
     """
 
     text: str
     tokens: int
     truncated: bool
     ids: tuple[int, ...] = ()
+    thoughts: Thoughts | None = None
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether there is nothing to score, because the thoughts have no end."""
+        return self.thoughts is not None and not self.thoughts.finished and not self.text
 
 
 class Artifacts:
@@ -76,21 +84,36 @@ class Artifacts:
 def score_responses(
     task: Task, examples: Sequence[Example], responses: Sequence[Response]
 ) -> list[float]:
-    """One score per response.
+    """One score per response; 0 where thoughts without an end have left no answer.
 
     Raises:
         ValueError: The scorer raised or gave something that is no number in [0, 1]; names the
             task, the prompt and the cause.
     """
+    pairs = _answered(examples, responses)
     if isinstance(task.scorer, ScoresTogether):
-        scores = _scored_together(task, task.scorer, examples, responses)
+        asked = [example for example, _ in pairs], [response for _, response in pairs]
+        scores = _scored_together(task, task.scorer, *asked) if pairs else []
     else:
-        pairs = zip(examples, responses, strict=True)
         scores = [_scored(task, example, response) for example, response in pairs]
     for score in scores:
         if not 0.0 <= score <= 1.0:
             raise ValueError(f"the scorer of task {task.name!r} gave {score}, not in [0, 1]")
-    return scores
+    return _with_unanswered(scores, responses)
+
+
+def _answered(
+    examples: Sequence[Example], responses: Sequence[Response]
+) -> list[tuple[Example, Response]]:
+    """What a scorer is asked about."""
+    pairs = zip(examples, responses, strict=True)
+    return [pair for pair in pairs if not pair[1].unanswered]
+
+
+def _with_unanswered(scores: Sequence[float], responses: Sequence[Response]) -> list[float]:
+    """The scores of the answered responses, and 0 for each of the others, in their order."""
+    found = iter(scores)
+    return [0.0 if response.unanswered else next(found) for response in responses]
 
 
 def _scored(task: Task, example: Example, response: Response) -> float:
@@ -130,6 +153,7 @@ def summarise(
     if not responses:
         return Cell(score=None, n=0, error=f"{task.name!r} has no example to evaluate")
     n = len(responses)
+    found = [response.thoughts for response in responses if response.thoughts is not None]
     unscored = Cell(
         score=None,
         n=n,
@@ -140,6 +164,8 @@ def summarise(
             for response, example in zip(responses, examples, strict=True)
         )
         / n,
+        thought_length=_mean([thoughts.tokens for thoughts in found]),
+        unfinished=_mean([not thoughts.finished for thoughts in found]),
     )
     try:
         scored = Cell.from_scores(score_responses(task, examples, responses))
@@ -150,6 +176,11 @@ def summarise(
     return replace(unscored, score=scored.score, ci95=scored.ci95, details=details)
 
 
+def _mean(values: Sequence[float]) -> float | None:
+    """None without any."""
+    return sum(values) / len(values) if values else None
+
+
 def _details(
     task: Task, examples: Sequence[Example], responses: Sequence[Response]
 ) -> dict[str, Estimate] | None:
@@ -157,8 +188,10 @@ def _details(
     if not isinstance(task.scorer, Detailed):
         return None
     try:
-        found = task.scorer.details([response.text for response in responses], examples)
-        return {name: Estimate.from_scores(scores) for name, scores in found.items()}
+        pairs = _answered(examples, responses)
+        found = task.scorer.details([r.text for _, r in pairs], [e for e, _ in pairs])
+        scores = {name: _with_unanswered(own, responses) for name, own in found.items()}
+        return {name: Estimate.from_scores(own) for name, own in scores.items()}
     except Exception as error:
         raise ValueError(
             f"the scorer of task {task.name!r} raised {type(error).__name__}: {error}"

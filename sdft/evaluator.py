@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from sdft.rollout import Sampling
 from sdft.seeding import derive_seed, run_seed
 from sdft.sharding import whole
 from sdft.student import StudentModule
+from sdft.suite import Suite
 from sdft.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -31,19 +33,31 @@ class Evaluator:
         artifacts: Tells artifacts of the demonstration.
         base: Measures the divergence from the base; left out when None.
         pass_at: Which pass@k can be measured; none when None.
+        limit: Examples of a suite that measures by itself, at most; all when None.
     """
 
     def __init__(
-        self, artifacts: Artifacts, base: BaseResponses | None, pass_at: PassAt | None
+        self,
+        artifacts: Artifacts,
+        base: BaseResponses | None,
+        pass_at: PassAt | None,
+        limit: int | None = None,
     ) -> None:
         self.artifacts = artifacts
         self.base = base
         self.pass_at = pass_at
+        self.limit = limit
+
+    def same_weights(self, module: StudentModule) -> AbstractContextManager[None]:
+        """Inside, the caller vouches that the student does not change."""
+        return nullcontext()
 
     def score(
         self, module: StudentModule, task: Task, encoded: Sequence[Encoded], batch_size: int
     ) -> Cell:
-        """The cell of the greedy responses alone."""
+        """The cell of the greedy responses alone, or what a suite measures by itself."""
+        if isinstance(task, Suite):
+            return task.measure(module, batch_size, self.limit)
         return self._summary(task, encoded, respond_all(module, encoded, batch_size))
 
     def cell(
@@ -65,6 +79,8 @@ class Evaluator:
             stage: Finished stages; at 0 the student is still the base.
             with_pass_at: Draw samples for pass@k, too.
         """
+        if isinstance(task, Suite):
+            return task.measure(module, batch_size, self.limit)
         responses = respond_all(module, encoded, batch_size)
         cell = self._summary(task, encoded, responses)
         if self.base is not None:

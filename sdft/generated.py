@@ -50,7 +50,8 @@ class Answer:
 
     Attributes:
         ids: Token ids, the one that ends the answer included where it was drawn.
-        text: The same as text, without special tokens.
+        text: The same as text, without special tokens; the answer alone where thoughts are told
+            from it and not scored.
         truncated: Whether the length limit ended it.
         reason: Why a check dropped it; None when it is kept.
     """
@@ -120,8 +121,9 @@ def _answered(
         torch.manual_seed(seed if draws is None else derive_seed(seed, rank()))
         rollout = respondent.sample(model, [prompts[place] for place in places], sampling, draws)
     ids, truncated = rollout.completions(), rollout.truncated_B.tolist()
-    answers = [Answer(i, respondent.decode(i), t) for i, t in zip(ids, truncated, strict=True)]
-    return dict(zip(places, answers, strict=True))
+    facts = zip(places, ids, truncated, strict=True)
+    responses = {p: (i, respondent.response(prompts[p], i, cut)) for p, i, cut in facts}
+    return {p: Answer(i, found.text, found.truncated) for p, (i, found) in responses.items()}
 
 
 def checked(answer: Answer, request: Request, checks: Sequence[AnyCheck]) -> Answer:

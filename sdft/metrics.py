@@ -116,6 +116,9 @@ class Cell:
         kl_base: KL(base ‖ student) per token along the base's own responses (`sdft.base_kl`).
         pass_at: pass@k by k, written as text (`sdft.pass_at`); None where it was not measured.
         details: Other scores that the scorer knows, by name (a judge's); None without any.
+        thought_length: Mean length of the thoughts in tokens (`sdft.thinking`); None where they
+            are not told from answers.
+        unfinished: Share of responses whose thoughts have no end.
     """
 
     score: float | None
@@ -128,6 +131,8 @@ class Cell:
     kl_base: float | None = None
     pass_at: dict[str, Estimate] | None = None
     details: dict[str, Estimate] | None = None
+    thought_length: float | None = None
+    unfinished: float | None = None
 
     @classmethod
     def from_scores(
@@ -148,8 +153,9 @@ class Cell:
     def to_dict(self) -> dict[str, Any]:
         """All attributes, ready for JSON; intervals as lists of two."""
         values = asdict(self)
-        if self.details is None:
-            del values["details"]
+        for key in ("details", "thought_length", "unfinished"):  # only some columns have them
+            if values[key] is None:
+                del values[key]
         for group in (values["pass_at"], values.get("details"), {"": values}):
             for holder in (group or {}).values():
                 holder["ci95"] = None if holder["ci95"] is None else list(holder["ci95"])

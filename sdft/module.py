@@ -79,6 +79,7 @@ class SDFTModule(StudentModule):
     """
 
     method = "sdft"
+    masks_thoughts = True
     copies: tuple[str, ...] = ("teacher",)
     rollout_filter: RolloutFilter | None = None
     """Says which completions are learnt from; all when None."""
@@ -246,9 +247,15 @@ class SDFTModule(StudentModule):
         return self.logits(self.model, batch.student_ids, completion)
 
     def loss_mask(self, completion: Rollout) -> Tensor:
-        """Completion tokens that count in the loss, `[B, T]`: all but the first few."""
-        positions_T = torch.arange(completion.mask_BT.shape[1], device=completion.mask_BT.device)
-        return completion.mask_BT & (positions_T >= self.skip_first_tokens)
+        """Completion tokens that count in the loss, `[B, T]`: all but the first few.
+
+        Without the thoughts where `thinking.learnt` says so.
+        """
+        mask_BT = completion.mask_BT
+        if self.thoughts is not None and self.thoughts.thinking.learnt == "answer":
+            mask_BT = self.thoughts.answer_mask(completion, self.opens_thought)
+        positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+        return mask_BT & (positions_T >= self.skip_first_tokens)
 
     def loss(
         self, student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, mask_BT: Tensor
@@ -288,6 +295,9 @@ class SDFTModule(StudentModule):
             values["train/horizon"] = float(draw.limit)
         if self.updates_per_generation > 1:
             values["train/staleness"] = float(self.global_step - draw.version)
+        if self.thoughts is not None:
+            figures = self.thoughts.figures(draw.completion, self.opens_thought)
+            values |= {f"train/{name}": batch.mean(value_B) for name, value_B in figures.items()}
         self.log_means(values, batch.count)
         if (importance := compared.importance) is not None:
             self.log_means(importance.scalars(), len(importance.weights_N))

@@ -121,8 +121,9 @@ class PromptEncoder:
     Args:
         tokenizer: With a chat template.
         template: The teacher's last user turn.
-        chat_template_kwargs: Passed to the chat template for both prompts, for example
+        chat_template_kwargs: Passed to the chat template, for example
             `{"enable_thinking": False}`.
+        teacher_kwargs: The same for the teacher's prompts, where they differ.
     """
 
     def __init__(
@@ -130,10 +131,14 @@ class PromptEncoder:
         tokenizer: PreTrainedTokenizerBase,
         template: TeacherTemplate,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        teacher_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.teacher_kwargs = dict(
+            self.chat_template_kwargs if teacher_kwargs is None else teacher_kwargs
+        )
 
     def student_ids(self, example: Example) -> list[int]:
         """Token ids of the prompt that the student answers."""
@@ -141,16 +146,18 @@ class PromptEncoder:
 
     def teacher_ids(self, example: Example) -> list[int]:
         """Token ids of the same prompt with the demonstration."""
-        return self._encode(self.template.messages(example))
+        return self._encode(self.template.messages(example), self.teacher_kwargs)
 
-    def _encode(self, messages: tuple[Message, ...]) -> list[int]:
+    def _encode(
+        self, messages: tuple[Message, ...], kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
         try:
             ids = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
-                **self.chat_template_kwargs,
+                **(self.chat_template_kwargs if kwargs is None else kwargs),
             )
         except Exception as error:  # a template is a program: it raises anything
             raise ValueError(

@@ -23,6 +23,7 @@ from sdft.plots import plot_curves, plot_matrix, save_figure
 from sdft.selection import Selection
 
 _CSV_CELL = ("score", "low", "high", "n", "mean_length", "truncated", "artifact", "kl_base")
+_THOUGHTS = ("thought_length", "unfinished")
 
 
 ROUTED = "routed: one model per task"
@@ -80,6 +81,12 @@ class RetentionReport:
     def pass_ks(self) -> list[int]:
         """The k of every pass@k that was measured, in order."""
         return sorted({int(k) for row in self.rows for cell in row for k in cell.pass_at or {}})
+
+    @property
+    def thoughts(self) -> tuple[str, ...]:
+        """What is known of thoughts; empty where no cell knows anything."""
+        found = any(cell.thought_length is not None for row in self.rows for cell in row)
+        return _THOUGHTS if found else ()
 
     @property
     def matrix(self) -> Tensor:
@@ -178,10 +185,11 @@ class RetentionReport:
         passes = [f"pass@{k}{end}" for k in ks for end in ("", "_low", "_high")]
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("stage", "row", "column", "kind", *_CSV_CELL, *passes))
+            writer.writerow(("stage", "row", "column", "kind", *_CSV_CELL, *self.thoughts, *passes))
             for stage, (label, row) in enumerate(zip(self.row_labels, self.rows, strict=True)):
                 for column, kind, cell in zip(self.columns, kinds, row, strict=True):
-                    values = *_csv_values(cell), *_csv_passes(cell, ks)
+                    thoughts = (getattr(cell, key) for key in self.thoughts)
+                    values = *_csv_values(cell), *thoughts, *_csv_passes(cell, ks)
                     writer.writerow((stage, label, column, kind, *values))
 
     def summary_table(self) -> str:
@@ -206,6 +214,10 @@ class RetentionReport:
         passes = {name: _shown_passes(c) for name, c in last.items() if c.pass_at is not None}
         lines = {
             "artifacts, first row → last": self._artifacts(),
+            "tokens of thoughts, first row → last": self._thought_lengths(),
+            "thoughts without an end": {
+                n: _shown(c.unfinished) for n, c in last.items() if c.unfinished
+            },
             "KL(base ‖ student)": kl,
             f"pass@{'/'.join(map(str, self.pass_ks))}": passes,
             "other scores": {n: _shown_details(c) for n, c in last.items() if c.details},
@@ -228,6 +240,14 @@ class RetentionReport:
         for name, cells in zip(self.columns, zip(*self.rows, strict=True), strict=False):
             if any(cell.artifact for cell in cells):
                 found[name] = " → ".join(_shown(cell.artifact) for cell in (cells[0], cells[-1]))
+        return found
+
+    def _thought_lengths(self) -> dict[str, str]:
+        found = {}
+        for name, cells in zip(self.columns, zip(*self.rows, strict=True), strict=False):
+            if any(cell.thought_length for cell in cells):
+                ends = (cells[0].thought_length, cells[-1].thought_length)
+                found[name] = " → ".join("n/a" if v is None else f"{v:.0f}" for v in ends)
         return found
 
     def _summary_line(self, column: int) -> list[str]:

@@ -18,6 +18,7 @@ from sdft.batch import Batch
 from sdft.draws import Draws, drawing
 from sdft.encoded import Encoded
 from sdft.evaluation import Response, score_responses
+from sdft.examples import Example
 from sdft.flops import ModelFlops
 from sdft.models import ModelSource, eos_token_ids
 from sdft.packing import completion_hidden
@@ -29,6 +30,8 @@ from sdft.run import task_stream
 from sdft.scorers import explained
 from sdft.scoring import completion_logits
 from sdft.sharding import forwarded, whole
+from sdft.suite import Suite
+from sdft.thinking import Thinking, ThoughtReader
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class Respondent(LightningModule):
         source: Where model and tokenizer come from.
         template: The teacher's last user turn.
         chat_template_kwargs: Passed to the chat template of both prompts.
+        thinking: How the model thinks; None where thoughts are not told from answers.
         rest_point: Called where a run may end that was asked to: after every rollout, and with true
             where all processes call it together.
     """
@@ -52,6 +56,7 @@ class Respondent(LightningModule):
     source: ModelSource
     template: TeacherTemplate
     chat_template_kwargs: dict[str, Any] | None
+    thinking: Thinking | None = None
 
     @property
     @abstractmethod
@@ -71,7 +76,27 @@ class Respondent(LightningModule):
     @cached_property
     def encoder(self) -> PromptEncoder:
         """Turns examples into student and teacher prompts."""
-        return PromptEncoder(self.tokenizer, self.template, self.chat_template_kwargs)
+        return PromptEncoder(self.tokenizer, self.template, *self.template_kwargs)
+
+    @property
+    def template_kwargs(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Arguments of the chat template for the student's and for the teacher's prompts."""
+        if self.thinking is None:
+            return self.chat_template_kwargs, self.chat_template_kwargs
+        return self.thinking.template_kwargs(self.tokenizer, self.chat_template_kwargs)
+
+    @cached_property
+    def thoughts(self) -> ThoughtReader | None:
+        """Tells thoughts from answers; None where the model is not one that thinks."""
+        return None if self.thinking is None else ThoughtReader(self.tokenizer, self.thinking)
+
+    @cached_property
+    def opens_thought(self) -> bool:
+        """Whether the student's prompts end inside a thought."""
+        any_prompt = Example(({"role": "user", "content": "."},), answer="")
+        return self.thoughts is not None and self.thoughts.opened(
+            self.encoder.student_ids(any_prompt)
+        )
 
     @property
     def prompt_room(self) -> int | None:
@@ -173,7 +198,28 @@ class Respondent(LightningModule):
         with self.forward_precision():
             rollout = self.sample(self.model, prompts, sampling, draws)
         facts = zip(rollout.completions(), rollout.truncated_B.tolist(), strict=True)
-        return [Response(self.decode(i), len(i), cut, tuple(i)) for i, cut in facts]
+        pairs = zip(prompts, facts, strict=True)
+        return [self.response(prompt, ids, cut) for prompt, (ids, cut) in pairs]
+
+    def response(self, prompt: Sequence[int], ids: Sequence[int], truncated: bool) -> Response:
+        """A completion as what is scored.
+
+        Args:
+            prompt: Token ids of its prompt.
+            ids: Its token ids.
+            truncated: Whether the length limit ended it.
+        """
+        if self.thoughts is None or self.thinking is None:
+            return Response(self.decode(ids), len(ids), truncated, tuple(ids))
+        found = self.thoughts.read(ids, self.thoughts.opened(prompt))
+        text = found.answer if self.thinking.scored == "answer" else self.decode(ids)
+        return Response(text, len(ids), truncated, tuple(ids), found)
+
+    def scored_text(self, ids: Sequence[int]) -> str:
+        """What is scored of a completion of a student's prompt."""
+        if self.thoughts is None or self.thinking is None or self.thinking.scored != "answer":
+            return self.decode(ids)
+        return self.thoughts.read(ids, self.opens_thought).answer
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens and outer white space."""
@@ -205,6 +251,9 @@ class Respondent(LightningModule):
         task = task_stream(self.trainer).evaluating[dataloader_idx]
         responses = self.respond(batch.student_ids, self.greedy)
         values = {"length": sum(r.tokens for r in responses) / len(batch)}
+        if self.thoughts is not None:
+            lengths = [r.thoughts.tokens for r in responses if r.thoughts is not None]
+            values["thought_length"] = sum(lengths) / len(batch)
         try:
             scores = score_responses(task, batch.examples, responses)
             values["accuracy"] = sum(scores) / len(batch)
@@ -216,6 +265,15 @@ class Respondent(LightningModule):
             add_dataloader_idx=False,
             batch_size=count,
         )
+
+    def on_test_epoch_end(self) -> None:
+        """What suites measure by themselves, on their own examples."""
+        data = task_stream(self.trainer)
+        for suite in data.suites:
+            if isinstance(suite, Suite):
+                cell = suite.measure(self, data.eval_batch_size)
+                if cell.score is not None:
+                    self.log(f"test/{suite.name}/accuracy", cell.score, batch_size=cell.n)
 
     def predict_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -233,6 +291,7 @@ class Respondent(LightningModule):
                 "response": response.text,
                 "answer": example.answer,
                 "truncated": response.truncated,
+                **({"thoughts": response.thoughts.text} if response.thoughts else {}),
                 **_reason(explained(task.scorer, response.text, example)),
             }
             for example, response in zip(batch.examples, responses, strict=True)

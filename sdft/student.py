@@ -28,6 +28,7 @@ from sdft.rollout import Rollout, RolloutEngine, Sampling
 from sdft.run import begin_after_restart, task_stream
 from sdft.schedule import StageSchedule
 from sdft.shared_steps import SharedSteps
+from sdft.thinking import Thinking
 from sdft.weights import (
     check_identity,
     check_training,
@@ -59,6 +60,8 @@ class StudentModule(SharedSteps):
             demonstration (`text_and_answer`), the context alone (`text`), or the demonstration
             alone (`answer`).
         chat_template_kwargs: Passed to the chat template of both prompts.
+        thinking: Of a reasoning model (`student`, `teacher`: on or off; `scored`, `learnt`, …);
+            thoughts and answers are one when unset.
         optimizer: Makes the optimizer of the student's parameters.
         scheduler: Makes the learning-rate schedule, stepped after every optimizer step.
         engine: Makes rollouts; `DecodeEngine` when unset, `GenerateEngine` is the reference.
@@ -87,6 +90,8 @@ class StudentModule(SharedSteps):
     """Rows without which the method would be another: some mixture has to add them."""
     needs_base = False
     """Whether the method itself works with the base model, tracked or not."""
+    masks_thoughts = False
+    """Whether the loss can leave thoughts out."""
     copies: tuple[str, ...] = ()
     """Submodules that are frozen fp32 copies of the student and exist in `fit` alone."""
 
@@ -112,6 +117,7 @@ class StudentModule(SharedSteps):
         lora: LoRA | None = None,
         quantization: Literal["nf4"] | None = None,
         base_storage: Literal["float32", "bfloat16"] = "float32",
+        thinking: Thinking | None = None,
     ) -> None:
         super().__init__()
         self.greedy = Sampling(max_new_tokens, temperature=0.0)
@@ -121,6 +127,12 @@ class StudentModule(SharedSteps):
         self.gradient_checkpointing = gradient_checkpointing
         self.template = TeacherTemplate(teacher_template, teacher_sees)
         self.chat_template_kwargs = chat_template_kwargs
+        self.thinking = thinking
+        if thinking is not None and thinking.learnt != "everything" and not self.masks_thoughts:
+            raise ValueError(
+                f"model.thinking.learnt must be 'everything' for the method {self.method!r}, found "
+                f"{thinking.learnt!r}: it has no mask on its loss"
+            )
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.engine: RolloutEngine = engine or DecodeEngine()

@@ -30,6 +30,7 @@ EVALUATION = (
     "data.suites",
     "model.dtype",
     "model.chat_template_kwargs",
+    "model.thinking",
     "trainer.precision",
     *(
         f"retention.{key}"

@@ -10,7 +10,7 @@ from sdft.comparison.estimate import Estimate
 from sdft.comparison.plan import rate_number
 from sdft.comparison.summary import QUALITIES, Standing, Summary
 
-_CELL = ("n", "mean_length", "truncated", "artifact", "kl_base")
+_CELL = ("n", "mean_length", "truncated", "artifact", "kl_base", "thought_length", "unfinished")
 _RUN = ("method", "learning_rate", "seed", "chosen")
 _LATEX = {
     "\\": r"\textbackslash{}",

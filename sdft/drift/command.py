@@ -84,7 +84,8 @@ class Check:
                     "run's own --config, or choose with --columns"
                 )
         self.configured.put_in_place()
-        self.evaluator = Evaluator(self.configured.measured.artifacts, None, None)
+        limit = self.configured.measured.limit if self.limit is None else self.limit
+        self.evaluator = Evaluator(self.configured.measured.artifacts, None, None, limit)
 
     def verdict(self, name: str) -> Verdict:
         """Measure a column."""

@@ -137,6 +137,8 @@ class ModelCard:
             )
         if options := self.record.setting("model", "chat_template_kwargs"):
             limits.append(f"Prompts were made with these chat template options: `{options}`.")
+        if thinking := self.record.setting("model", "thinking"):
+            limits.append(f"Thinking, its markers and what was scored of it: `{thinking}`.")
         return [
             *limits,
             "What the table does not show was not measured: other abilities, languages, safety, "

@@ -66,8 +66,8 @@ class OracleRAGModule(StudentModule):
     @cached_property
     def encoder(self) -> PromptEncoder:
         """Puts an example's context into the prompt that the student answers."""
-        kwargs = self.chat_template_kwargs
-        return RAGEncoder(self.tokenizer, self.template, self.rag_template, kwargs)
+        kwargs = self.template_kwargs
+        return RAGEncoder(self.tokenizer, self.template, self.rag_template, *kwargs)
 
     def setup(self, stage: str) -> None:
         """Count what has no context, before anything is asked.
@@ -96,6 +96,7 @@ class RAGEncoder(PromptEncoder):
         template: See `PromptEncoder`.
         rag_template: The student's last user turn for an example with a context.
         chat_template_kwargs: See `PromptEncoder`.
+        teacher_kwargs: See `PromptEncoder`.
     """
 
     def __init__(
@@ -104,8 +105,9 @@ class RAGEncoder(PromptEncoder):
         template: TeacherTemplate,
         rag_template: TeacherTemplate,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        teacher_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(tokenizer, template, chat_template_kwargs)
+        super().__init__(tokenizer, template, chat_template_kwargs, teacher_kwargs)
         self.rag_template = rag_template
 
     def student_ids(self, example: Example) -> list[int]:

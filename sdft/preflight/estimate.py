@@ -12,6 +12,7 @@ from sdft.preflight.configured import Configured
 from sdft.preflight.facts import TaskFacts
 from sdft.preflight.footprint import Footprint
 from sdft.preflight.trial import Trial
+from sdft.suite import Suite
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,9 @@ def _answers(configured: Configured) -> tuple[int, list[str]]:
     if not measured.enabled:
         return 0, []
     for task in configured.data.evaluated:
+        if isinstance(task, Suite):
+            unread.append(f"The suite {task.name!r} measures by itself; its time is left out.")
+            continue
         try:
             there = len(task.examples(measured.split)) or len(task.examples("validation"))
         except (ValueError, OSError) as error:

@@ -115,7 +115,7 @@ def _different_frame(views: Views, ends: set[int], vocabulary: int) -> Iterator[
             "another thinking boundary",
             f"the answer begins {_thinking(student)} for the student and {_thinking(teacher)} for "
             "the teacher",
-            "set model.chat_template_kwargs (enable_thinking) so that both begin alike, and keep "
+            "set model.thinking.student and .teacher so that both begin alike, and keep "
             "switches such as /no_think out of the teacher's template",
         )
     elif student.after != teacher.after:
@@ -230,7 +230,7 @@ def _asks_to_think(views: Views, ends: set[int], vocabulary: int) -> Iterator[Pr
             "the teacher's template asks for thinking, and the chat template has closed it before "
             "the answer begins: answers grow without bound",
             "leave the request out of model.teacher_template, or turn thinking on in "
-            "model.chat_template_kwargs",
+            "model.thinking",
             harmless=True,
         )
 

@@ -95,7 +95,7 @@ class Views:
         """
         answered = [*self.student.messages, {"role": "assistant", "content": _ANSWER}]
         try:
-            whole = written(self.encoder, answered, generation=False)
+            whole = written(self.encoder, "student", answered, generation=False)
         except Exception:  # templates raise what they like at conversations they do not foresee
             return ""
         start = whole.find(_ANSWER)
@@ -106,15 +106,18 @@ class Views:
 
 def _view(encoder: PromptEncoder, name: str, messages: Sequence[Message], ids: list[int]) -> View:
     other = [*messages[:-1], {**messages[-1], "content": _CONTENT}]
-    start = max(written(encoder, other).find(_CONTENT), 0)
-    return View(name, messages, ids, written(encoder, messages), start)
+    start = max(written(encoder, name, other).find(_CONTENT), 0)
+    return View(name, messages, ids, written(encoder, name, messages), start)
 
 
-def written(encoder: PromptEncoder, messages: Sequence[Message], generation: bool = True) -> str:
+def written(
+    encoder: PromptEncoder, name: str, messages: Sequence[Message], generation: bool = True
+) -> str:
     """A conversation as the chat template writes it.
 
     Args:
         encoder: Has tokenizer and arguments of the template.
+        name: Whose prompt: `student` or `teacher`.
         messages: The conversation.
         generation: With the generation prompt.
     """
@@ -123,6 +126,6 @@ def written(encoder: PromptEncoder, messages: Sequence[Message], generation: boo
             [dict(message) for message in messages],
             add_generation_prompt=generation,
             tokenize=False,
-            **encoder.chat_template_kwargs,
+            **(encoder.teacher_kwargs if name == "teacher" else encoder.chat_template_kwargs),
         )
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import make_model, make_qwen2, sharpen
+from conftest import make_model, make_module, make_qwen2, save_model, sharpen
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from sdft.callbacks.ema_teacher import update_average
+from sdft.cell_cache import model_digest
 from sdft.decode import DecodeEngine
 from sdft.direct import DirectForward
 from sdft.draws import Draws, drawing
@@ -24,6 +25,9 @@ from sdft.packing import completion_hidden
 from sdft.ranks import agreed, gathered, means, part_of_mean, rank, ranks, summed
 from sdft.rollout import GenerateEngine, Rollout, RolloutEngine, Sampling
 from sdft.sharding import forwarded, is_sharded, shard, whole, whole_state
+from sdft.suites.completions import Order
+from sdft.suites.desk import Desk
+from sdft.suites.likelihood import Pair
 from sdft.weights import frozen_copy, identity, squared_distance, weights_digest
 
 PROMPTS = [[3, 9, 10], [4, 11, 12, 13, 9], [3, 10]]
@@ -216,3 +220,32 @@ def half(folder: Path) -> None:
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     kinds = {(p.dtype, p.grad.dtype) for p in model.parameters() if p.grad is not None}
     assert kinds == {(torch.float32, torch.float32)}
+
+
+def columns(folder: Path) -> None:
+    """What suites ask for, and the digest of a model, over whole and sharded weights."""
+    pairs = [Pair((3, 9, 10), (11,)), Pair((3, 9), (10, 11)), Pair((4,), (9, 10, 11))]
+    order = Order(Sampling(7, temperature=0.0), ("a",))
+    mesh()
+    if rank() == 0:  # transformers writes there alone
+        save_model(folder / "model")
+    gathered(None)
+    found = []
+    for spread in (lambda model: model, sharded):
+        module = make_module(folder / "model")
+        module.configure_model()
+        sharpen(module.model, 4.0)
+        digest = model_digest(module.model)
+        spread(module.model)
+        desk = Desk(module, 2)
+        if rank() == 0:
+            found.append([desk.likelihoods(pairs), desk.complete(PROMPTS, order)])
+            desk.close()
+        else:
+            desk.serve()
+        assert model_digest(module.model) == digest
+        assert len(set(gathered(digest))) == 1
+    for here, there in zip(*(first[0] for first in found), strict=True) if rank() == 0 else ():
+        assert abs(here.log_prob - there.log_prob) < 1e-4
+        assert here.greedy == there.greedy
+    assert rank() != 0 or found[0][1] == found[1][1]

@@ -16,6 +16,7 @@ PROBES = (
     "average",
     "gradients",
     "half",
+    "columns",
 )
 
 
