@@ -4,15 +4,16 @@ Turns spoken requests into tasks: a request is answered by one function call, wr
 
     --source      folder with train.jsonl and test.jsonl, one {"request", "intent", "slots"} a line
                   (the 2017-06 custom intent engines of sonos/nlu-benchmark, CC0 1.0)
-    --out         gets everyday/ and media/, each with train.jsonl, validation.jsonl, test.jsonl,
-                  one {"prompt", "demonstration", "answer"} per line
+    --out         gets everyday/, media/ and functions/, each with train.jsonl, validation.jsonl,
+                  test.jsonl, one {"prompt", "demonstration", "answer"} per line
     --seed        choice and order of the rows (0)
     --validation  rows per function taken out of the training rows (20)
     --train       most training rows per function (all)
     --test        most test rows per function (all)
 
-Every prompt names all seven functions; the two tasks differ in which of them are right. No request
-stands in two splits, whatever its case and spacing.
+Every prompt names all seven functions; everyday and media differ in which of them are right, and
+functions, which has all requests, asks for the function's name alone. No request stands in two
+splits, whatever its case and spacing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ TASKS = {
 }
 FUNCTIONS = sorted(name for names in TASKS.values() for name in names)
 PROMPT = "Turn the request into one function call, written as JSON.\nFunctions: {}\nRequest: {}"
+CHOICE = (
+    "Functions: {}\nRequest: {}\n"
+    "Which function serves the request? Answer with the function's name only."
+)
 
 
 def prompt(request: str) -> str:
@@ -60,8 +65,14 @@ def record(row: Row) -> dict[str, Any]:
     return {"prompt": prompt(row.text), "demonstration": call, "answer": call}
 
 
+def choice(row: Row) -> dict[str, Any]:
+    """A line that asks for the function's name alone."""
+    asked = CHOICE.format(", ".join(FUNCTIONS), row.text)
+    return {"prompt": asked, "demonstration": row.label, "answer": row.label}
+
+
 def prepare(source: Path, out: Path, sizes: Sizes, seed: int) -> None:
-    """Write both tasks.
+    """Write the three tasks.
 
     Raises:
         ValueError: A source file that is missing or has a bad line; names it.
@@ -73,6 +84,8 @@ def prepare(source: Path, out: Path, sizes: Sizes, seed: int) -> None:
             file = out / task / f"{split}.jsonl"
             lines = [records[row.place] for row in rows if row.label in functions]
             print(f"{file}: {write_jsonl(file, lines)} requests")
+        file = out / "functions" / f"{split}.jsonl"
+        print(f"{file}: {write_jsonl(file, map(choice, rows))} requests")
 
 
 def write(options: argparse.Namespace) -> None:
