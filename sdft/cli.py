@@ -23,6 +23,7 @@ import yaml
 from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -169,9 +170,12 @@ class SDFTCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(root, default_hp_metric=False)
         trainer = super().instantiate_trainer(**kwargs)
         tree = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand]))
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
             if isinstance(callback, StageCheckpoint):
                 callback.command = Configuration.of_command(tree)
+        own = tuple(CALLBACKS.values())  # first, so that a user's callback finds their work done
+        callbacks.sort(key=lambda one: (isinstance(one, Checkpoint), not isinstance(one, own)))
         return trainer
 
 
