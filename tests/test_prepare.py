@@ -115,6 +115,25 @@ def test_snips_records_are_tasks_that_the_right_call_solves(
                 assert JSONMatch()(f"Sure: {example.demonstration}", example) == 1.0
 
 
+def test_snips_also_asks_for_the_function_s_name_alone(snips_source: Path, tmp_path: Path) -> None:
+    snips.prepare(snips_source, tmp_path / "out", splits.Sizes(None, 2, None), seed=0)
+    for split in SPLITS:
+        calls = [
+            line
+            for task in snips.TASKS
+            for line in read(tmp_path / "out" / task / f"{split}.jsonl")
+        ]
+        requests = {
+            line["prompt"].split("Request: ")[1]: json.loads(line["answer"]) for line in calls
+        }
+        lines = read(tmp_path / "out" / "functions" / f"{split}.jsonl")
+        assert len(lines) == len(calls)
+        for line in lines:
+            request = line["prompt"].split("Request: ")[1].split("\n")[0]
+            assert line["answer"] == line["demonstration"] == requests[request]["name"]
+            assert all(intent in line["prompt"] for intent in INTENTS)
+
+
 def test_snips_functions_belong_to_one_task_each() -> None:
     assert sorted(name for names in snips.TASKS.values() for name in names) == sorted(INTENTS)
 
@@ -169,23 +188,45 @@ def test_banking_refuses_more_choices_than_topics(banking_source: Path, tmp_path
 
 def passages() -> list[dict[str, Any]]:
     short = {"question": "How many?", "answer": "12"}
-    return [
-        {"title": "t", "context": f"There were 12 in {i}.", "questions": [short]} for i in range(4)
-    ] + [
-        {"title": "t", "context": "word " * 99, "questions": [short]},
-        {
-            "title": "t",
-            "context": "Ann met Bo.",
-            "questions": [{"question": "Who?", "answer": "Bo"}],
-        },
-        {"title": "t", "context": "3 of 4.", "questions": [{"question": "?", "answer": "3 of 4"}]},
-    ]
+    return (
+        [
+            {"title": "t", "context": f"There were 12 in {i}.", "questions": [short]}
+            for i in range(4)
+        ]
+        + [
+            {"title": "t", "context": f"{'word ' * 99}{i}.", "questions": spans(i)}
+            for i in range(10)
+        ]
+        + [
+            {"title": "t", "context": "word " * 150, "questions": spans(0)},
+            {
+                "title": "t",
+                "context": "Ann met Bo.",
+                "questions": [{"question": "Who?", "answer": "Bo"}],
+            },
+            {
+                "title": "t",
+                "context": "3 of 4.",
+                "questions": [{"question": "?", "answer": "3 of 4"}],
+            },
+        ]
+    )
+
+
+def spans(passage: int) -> list[dict[str, str]]:
+    """Questions of which the first alone, asked twice, is answered by a few words of the text."""
+    answers = ("word word", "word word", "Word", f"{passage}.", "word word word word")
+    return [{"question": f"What, {a}?", "answer": a} for a in answers]
+
+
+def prepare_squad(tmp_path: Path, words: int = 90, longest: int = 120) -> Path:
+    source = write(tmp_path / "passages.jsonl", passages())
+    squad.prepare(source.parent, tmp_path / "out", words, longest, seed=0)
+    return tmp_path / "out"
 
 
 def test_squad_keeps_short_passages_with_one_number_to_find(tmp_path: Path) -> None:
-    source = write(tmp_path / "passages.jsonl", passages())
-    squad.prepare(source.parent, tmp_path / "out", words=90, seed=0)
-    lines = read(tmp_path / "out" / "test.jsonl")
+    lines = read(prepare_squad(tmp_path) / "test.jsonl")
     assert len(lines) == 4
     for line in lines:
         assert line["prompt"].startswith("There were 12 in ")
@@ -193,10 +234,26 @@ def test_squad_keeps_short_passages_with_one_number_to_find(tmp_path: Path) -> N
         assert NumericMatch()("They were 12.", example) == 1.0
 
 
-def test_squad_says_when_nothing_fits(tmp_path: Path) -> None:
-    source = write(tmp_path / "passages.jsonl", passages())
-    with pytest.raises(ValueError, match=r"passages\.jsonl: .*at most 2 words"):
-        squad.prepare(source.parent, tmp_path / "out", words=2, seed=0)
+def test_squad_asks_for_words_of_longer_passages(tmp_path: Path) -> None:
+    """And every passage is in one split."""
+    out = prepare_squad(tmp_path)
+    splits_of: dict[str, str] = {}
+    for split, passages_in_it in zip(SPLITS, (6, 1, 3), strict=True):
+        lines = read(out / "spans" / f"{split}.jsonl")
+        assert len(lines) == passages_in_it
+        for line in lines:
+            assert line["answer"] == line["demonstration"] == "word word"
+            assert splits_of.setdefault(line["prompt"].split("\n")[0], split) == split
+
+
+@pytest.mark.parametrize(
+    ("words", "longest", "told"),
+    [(2, 120, "at most 2 words"), (90, 95, "91 to 95 words"), (90, 90, "91 to 90 words")],
+)
+def test_squad_says_when_nothing_fits(words: int, longest: int, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"passages\.jsonl: .*{told}"):
+        prepare_squad(tmp_path, words, longest)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

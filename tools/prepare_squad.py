@@ -126,8 +126,8 @@ def write_spans(groups: list[list[dict[str, str]]], out: Path, seed: int) -> Non
 def prepare(source: Path, out: Path, words: int, longest: int, seed: int) -> None:
     """Write suite and task."""
     groups = read_spans(source / "passages.jsonl", range(words + 1, longest + 1))
-    write_spans(groups, out, seed)
     records = read_suite(source / "passages.jsonl", words)
+    write_spans(groups, out, seed)
     random.Random(seed).shuffle(records)
     file = out / "test.jsonl"
     print(f"{file}: {write_jsonl(file, records)} questions")
