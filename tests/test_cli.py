@@ -49,7 +49,10 @@ LABELS = {
     "soft_targets": "soft_targets+general",
     "soft_targets_split": "soft_targets+general",
     "zoo": "sft+zoo",
-    **{f"sdft_{kind}": "sdft" for kind in ("answer", "frozen", "jsd", "live", "reverse", "text")},
+    **{
+        f"sdft_{kind}": "sdft"
+        for kind in ("answer", "frozen", "jsd", "live", "reverse", "text", "top_p")
+    },
 }
 """Overlay → what the report calls it, where that is not the overlay's name."""
 
