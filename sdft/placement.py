@@ -18,12 +18,10 @@ from sdft.sharding import check_sharding, is_sharded, shard
 from sdft.weights import identity
 
 if TYPE_CHECKING:
-    from sdft.student import StudentModule
+    from sdft.model_copies import Models
 
 
-def spread(
-    module: StudentModule, copies: list[PreTrainedModel], base: list[PreTrainedModel]
-) -> None:
+def spread(module: Models, copies: list[PreTrainedModel], base: list[PreTrainedModel]) -> None:
     """Shard freshly loaded models as the trainer's strategy asks for; again changes nothing.
 
     Args:
@@ -60,9 +58,7 @@ def spread(
             module.penalty.attach(module.model)  # anew, sharded as the student is
 
 
-def _prepare_flat(
-    module: StudentModule, copies: list[PreTrainedModel], strategy: FSDPStrategy
-) -> None:
+def _prepare_flat(module: Models, copies: list[PreTrainedModel], strategy: FSDPStrategy) -> None:
     """Check and note what can no longer be told once Lightning has wrapped the module."""
     if is_flat(module.model):
         return
@@ -73,7 +69,7 @@ def _prepare_flat(
         mark_flat(model, strategy)
 
 
-def _check_flat(module: StudentModule) -> None:
+def _check_flat(module: Models) -> None:
     engine = module.engine
     with evaluation_mode(module.model):
         direct = isinstance(engine, DecodeEngine) and engine.direct

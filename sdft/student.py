@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -19,28 +19,25 @@ from sdft.decode import DecodeEngine
 from sdft.flat_sharding import is_flat
 from sdft.lora import LoRA
 from sdft.losses import sequence_mean, token_entropy
-from sdft.models import DTYPES, WORLD, ModelSource
+from sdft.model_copies import Models
+from sdft.models import WORLD, ModelSource
 from sdft.optim import check_rates, fuse_on_cpu
 from sdft.penalties import Penalty
-from sdft.placement import spread
 from sdft.prompts import Sees, TeacherTemplate
 from sdft.rollout import Rollout, RolloutEngine, Sampling
 from sdft.run import begin_after_restart, task_stream
 from sdft.schedule import StageSchedule
-from sdft.shared_steps import SharedSteps
 from sdft.thinking import Thinking
 from sdft.weights import (
     check_identity,
     check_training,
     convert,
-    halved,
     identity,
-    set_weights,
     split_copies,
 )
 
 
-class StudentModule(SharedSteps):
+class StudentModule(Models):
     """A student that answers prompts; a method adds `training_step`.
 
     Args:
@@ -88,12 +85,8 @@ class StudentModule(SharedSteps):
     """Rows of a batch that the method can be trained on."""
     needs_rows: Origin | None = None
     """Rows without which the method would be another: some mixture has to add them."""
-    needs_base = False
-    """Whether the method itself works with the base model, tracked or not."""
     masks_thoughts = False
     """Whether the loss can leave thoughts out."""
-    copies: tuple[str, ...] = ()
-    """Submodules that are frozen fp32 copies of the student and exist in `fit` alone."""
 
     def __init__(
         self,
@@ -152,62 +145,6 @@ class StudentModule(SharedSteps):
         self._restored: dict[str, dict[str, Tensor]] = {}
         self.configured: Configured | None = None
         self._configured_then: dict[str, Any] | None = None
-
-    # ---------------------------------------------------------------- models and prompts
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The student, loaded on first use."""
-        if self.student is None:
-            student = self.source.load_model(
-                DTYPES[self.dtype_name], self.attn_implementation, self.adapters.quantization
-            )
-            self.adapters.inject(student)
-            self.student = cast(PreTrainedModel, student.train())
-            if self.gradient_checkpointing:
-                self.student.gradient_checkpointing_enable()
-            self.prepare_copies(self.student)
-        return self.student
-
-    def prepare_copies(self, student: PreTrainedModel) -> None:
-        """Copy the freshly loaded student where the method needs it, before anything trains."""
-        if not self.fitting:
-            return
-        if self.track_base or self.needs_base or self._restarts:
-            base = self.adapters.base(student)
-            self._base = [halved(base) if self.base_storage == "bfloat16" else base]
-        for name in self.copies:
-            setattr(self, name, self.adapters.copy(student, name))
-        if self.penalty is not None:
-            self.penalty.attach(student)
-
-    def add_copy(self, name: str) -> None:
-        """Keep one more copy; to be asked for before training, while the student is the base."""
-        self.copies = tuple(dict.fromkeys((*self.copies, name)))
-        if self.student is not None and getattr(self, name, None) is None:
-            setattr(self, name, self.adapters.copy(self.student, name))
-
-    @property
-    def base(self) -> PreTrainedModel | None:
-        """The model as it was before training, on the student's device; None when not tracked."""
-        if self._base and self._base[0].device != self.device:
-            self._base[0].to(self.device)  # type: ignore[arg-type]
-        return self._base[0] if self._base else None
-
-    @property
-    def fitting(self) -> bool:
-        """Whether this is training, or no trainer is there to tell."""
-        return self._trainer is None or self._trainer.state.fn == "fit"
-
-    @property
-    def _restarts(self) -> bool:
-        return self._trainer is not None and task_stream(self.trainer).from_base_each_task
-
-    def configure_model(self) -> None:
-        """Load the student and spread it over processes; called once per entry point."""
-        self.model  # noqa: B018 - loads on first use
-        copies = [getattr(self, name) for name in self.copies if self.fitting]
-        spread(self, copies, self._base)
 
     # ---------------------------------------------------------------- training
 
@@ -269,16 +206,6 @@ class StudentModule(SharedSteps):
         if stage > 0 and (data.reset_optimizer_between_tasks or data.from_base_each_task):
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
-
-    def restart(self) -> None:
-        """Make the student, and its copies, the base again."""
-        models = (self.model, *(getattr(self, name) for name in self.copies))
-        assert self.base is not None
-        for model in models:
-            if self.adapters.lora is None:
-                set_weights(model, self.base)
-            else:
-                self.adapters.restart(model)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Add the penalty's gradient, once per optimizer step, before clipping; have it judged."""
